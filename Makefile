@@ -1,0 +1,45 @@
+# `make demo` and `make test` set everything up themselves; nothing outside this folder changes but caches.
+
+PYTHON ?= python3
+VENV := .venv
+# Windows puts a virtual environment's programs elsewhere.
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+READY := $(VENV)/.ready
+# One small model is faster on one thread per core than on all of them; set THREADS to change it.
+THREADS ?= 2
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.PHONY: help setup demo test test-slow lint subjects app clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+setup: $(READY)  ## virtual environment with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app,dev]"
+	@touch $@
+
+demo: setup  ## train on the five photos in samples/, compare with the base model: outputs/demo/grid.png
+	$(BIN)/svft-diffusion demo --photos samples --output_dir outputs/demo
+
+test: setup lint  ## ruff, mypy and the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+subjects: setup  ## the measured claim of the README: eight held-out subjects, base against adapter (about 20 minutes)
+	$(BIN)/python benchmarks/subjects.py --output_dir outputs/subjects
+
+app: setup  ## the web app on the embedded model
+	$(BIN)/python app.py
+
+clean:  ## remove the virtual environment and caches, keep outputs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
