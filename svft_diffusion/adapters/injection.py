@@ -1,0 +1,69 @@
+"""Putting adapter layers into a model and taking them out again."""
+
+from __future__ import annotations
+
+import warnings
+
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from svft_diffusion.adapters.config import SpectralConfig
+from svft_diffusion.adapters.layer import SpectralLayer
+from svft_diffusion.adapters.registration import PREFIX
+from svft_diffusion.errors import UserError
+
+
+def spectral_layers(model: nn.Module, adapter: str | None = None) -> dict[str, SpectralLayer]:
+    """Spectral layers of a model by the path of the layer they stand for; those with ``adapter`` if it is given."""
+    return {
+        path.replace(".base_layer", ""): module
+        for path, module in model.named_modules()
+        if isinstance(module, SpectralLayer) and (adapter is None or adapter in module.spectral_values)
+    }
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """Names of the spectral adapters in a model, sorted."""
+    return sorted({name for layer in spectral_layers(model).values() for name in layer.spectral_values})
+
+
+def inject(model: nn.Module, config: SpectralConfig, name: str, paths: list[str] | None = None) -> None:
+    """Add adapter ``name`` to the layers at ``paths``, or to those that ``config`` targets; it alone is active then.
+
+    Raises:
+        UserError: a target can't carry the adapter; the model is as it was.
+    """
+    state_dict: dict[str, Tensor] | None = None
+    if paths is not None:  # the keys alone tell PEFT which layers; their tensors are not read
+        state_dict = dict.fromkeys((f"{path}.{PREFIX}values" for path in paths), Tensor())
+    with warnings.catch_warnings():
+        # Meant for models that somebody wraps twice by mistake; a second adapter is no mistake here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, name, state_dict=state_dict)
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]  # diffusers and transformers ask for it
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Remove an adapter; layers without any adapter left become the original modules again."""
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, SpectralLayer):
+            continue
+        if name in module.spectral_values:
+            module.set_adapter([other for other in module.active_adapters if other != name], inference_mode=True)
+            module.delete_adapter(name)
+        if len(module.spectral_values) == 0:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    configs = getattr(model, "peft_config", {})
+    configs.pop(name, None)
+    if hasattr(model, "peft_config") and not configs:
+        del model.peft_config
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def refuse_fused(model: nn.Module, action: str) -> None:
+    """Raise `UserError` if an adapter is fused into the model's weights."""
+    for path, layer in spectral_layers(model).items():
+        if layer.merged:
+            names = ", ".join(layer.merged_adapters)
+            raise UserError(f"can't {action} while {names} is fused (layer {path}); call pipe.unfuse_lora() first")

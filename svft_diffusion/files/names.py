@@ -1,0 +1,63 @@
+"""One spelling for the adapted layers of a pipeline, whatever the versions of the libraries.
+
+A canonical name is ``<component>.<module path>``, for example ``unet.mid_block.attentions.0...attn1.to_q`` or
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. transformers 5 dropped the level ``text_model`` from
+``CLIPTextModel``; names keep it, so that a file serves transformers 4 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from svft_diffusion.errors import UserError
+
+# Components of a pipeline that can carry an adapter, in the order in which they are visited.
+COMPONENTS = ("unet", "text_encoder")
+
+_TEXT_MODEL = "text_model."
+
+
+def components_of(pipe: object) -> dict[str, nn.Module]:
+    """The components that can carry an adapter: from a pipeline, or from a mapping of component names to models."""
+    found = {}
+    for name in COMPONENTS:
+        model = pipe.get(name) if isinstance(pipe, Mapping) else getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            found[name] = model
+    return found
+
+
+def canonical_name(component: str, model: nn.Module, path: str) -> str:
+    """Canonical name of the module at ``path`` in ``model``, which is the pipeline's ``component``."""
+    return f"{component}.{_dropped_level(model)}{path}"
+
+
+def split_canonical_name(name: str) -> tuple[str, str]:
+    """``unet.a.b`` -> (``unet``, ``a.b``).
+
+    Raises:
+        UserError: the name does not begin with a component that can carry an adapter.
+    """
+    component, _, path = name.partition(".")
+    if component not in COMPONENTS or not path:
+        raise UserError(f"tensor {name!r} belongs to none of the components {', '.join(COMPONENTS)}")
+    return component, path
+
+
+def module_path(model: nn.Module, canonical_path: str) -> str:
+    """Path in ``model`` of the module that a canonical name calls ``canonical_path`` (the name less its component)."""
+    return canonical_path.removeprefix(_dropped_level(model))
+
+
+def base_module(module: nn.Module) -> nn.Module:
+    """The module below all adapter layers that wrap it."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _dropped_level(model: nn.Module) -> str:
+    is_clip_text = getattr(getattr(model, "config", None), "model_type", None) == "clip_text_model"
+    return _TEXT_MODEL if is_clip_text and not hasattr(model, "text_model") else ""

@@ -1,0 +1,256 @@
+"""The adapter file: what is written is read back, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import tiny_pipeline, tiny_text_encoder
+from torch import Tensor, nn
+
+from svft_diffusion.errors import UserError
+from svft_diffusion.files import (
+    FORMAT_VERSION,
+    AdapterHeader,
+    BaseModel,
+    check_base,
+    fingerprint_of_folder,
+    fingerprint_of_pipeline,
+    read_adapter,
+    read_header,
+    write_adapter,
+)
+from svft_diffusion.files.adapter_file import METADATA_KEY
+from svft_diffusion.files.names import canonical_name, module_path
+
+HEADER = AdapterHeader(
+    method="svft",
+    pattern="banded",
+    off_diagonals=2,
+    rank=None,
+    targets="attention",
+    components={"unet": 1, "text_encoder": 1},
+    base=BaseModel("toy", fingerprint="float16:00 bfloat16:11"),
+    trigger="sks",
+    instance_prompt="a photo of sks dög",
+    class_prompt="a photo of a dog",
+    suggested_strength=0.9,
+    training={"learning_rate": 0.05, "steps": 3, "seeds": [1, 2], "resume": None},
+    libraries={"torch": "2.0"},
+)
+TENSORS = {
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.values": torch.tensor([0.1, -2.0, 3e-9]),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.values": torch.tensor([1.0]),
+}
+LAYERS = [
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "text_encoder.text_model.encoder.layers.1.mlp.fc1",
+]
+
+
+def written_json(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    metadata: dict[str, Any] = json.loads(content[8 : 8 + size])["__metadata__"]
+    return metadata
+
+
+def test_header_and_values_come_back(tmp_path: Path) -> None:
+    file = write_adapter(tmp_path / "new folder" / "dog.safetensors", HEADER, TENSORS)
+    header, tensors = read_adapter(file)
+    assert header == HEADER == read_header(file)
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert [entry.name for entry in file.parent.iterdir()] == ["dog.safetensors"]
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    first = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
+    turned = replace(HEADER, training=dict(reversed(HEADER.training.items())))
+    second = write_adapter(tmp_path / "b.safetensors", turned, dict(reversed(TENSORS.items())))
+    assert first.read_bytes() == second.read_bytes()
+    assert list(written_json(first)) == [METADATA_KEY]
+
+
+def test_no_folder_of_this_machine_is_written(tmp_path: Path) -> None:
+    header = replace(
+        HEADER,
+        base=BaseModel(str(tmp_path / "toy")),
+        training={"photos": str(tmp_path / "dog"), "logs": [r"C:\Users\me\logs"], "output": tmp_path, "hub": "a/b"},
+    )
+    file = write_adapter(tmp_path / "a.safetensors", header, TENSORS)
+    assert str(tmp_path).encode() not in file.read_bytes()
+    assert read_header(file).base.name == "toy"
+    assert read_header(file).training == {"photos": "dog", "logs": ["logs"], "output": tmp_path.name, "hub": "a/b"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path, bad: float) -> None:
+    name = next(iter(TENSORS))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        write_adapter(tmp_path / "a.safetensors", HEADER, {name: torch.tensor([bad])})
+    assert not (tmp_path / "a.safetensors").exists()
+    file = write_adapter(tmp_path / "a.safetensors", HEADER, {name: torch.tensor([1.0])})
+    save_file({name: torch.tensor([bad])}, file, metadata=written_json(file))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        read_adapter(file)
+
+
+def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def rewrite(file: Path) -> None:
+        write_adapter(file, HEADER, TENSORS)
+        fields = json.loads(written_json(file)[METADATA_KEY])
+        change(fields)
+        save_file(TENSORS, file, metadata={METADATA_KEY: json.dumps(fields)})
+
+    return rewrite
+
+
+def with_tensors(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    def rewrite(file: Path) -> None:
+        write_adapter(file, HEADER, TENSORS)
+        save_file(tensors, file, metadata=written_json(file))
+
+    return rewrite
+
+
+def cut_short(file: Path) -> None:
+    write_adapter(file, HEADER, TENSORS)
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (Path("pickle-was-opened"),)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda file: None, "can't read .*No such file"),
+    "empty": (lambda file: file.write_bytes(b""), "not a safetensors file"),
+    "pickle": (lambda file: file.write_bytes(pickle.dumps(Bomb())), "not a safetensors file; pickled"),
+    "huge header": (lambda file: file.write_bytes(struct.pack("<Q", 2**40) + b"{"), "header of 1099511627776 bytes"),
+    "header past the end": (lambda file: file.write_bytes(struct.pack("<Q", 500) + b"{}"), "cut short"),
+    "cut short": (cut_short, "damaged or no safetensors file"),
+    "no JSON": (lambda file: file.write_bytes(struct.pack("<Q", 4) + b"{abc"), "damaged or no safetensors file"),
+    "lora": (lambda file: save_file({"unet.lora_A.weight": torch.ones(2, 2)}, file), "not an svft_diffusion adapter"),
+    "newer": (with_metadata(lambda fields: fields.update(format_version=FORMAT_VERSION + 1)), "update svft_diffusion"),
+    "no version": (with_metadata(lambda fields: fields.pop("format_version")), "damaged header"),
+    "no method": (with_metadata(lambda fields: fields.pop("method")), "damaged header"),
+    "base is a number": (with_metadata(lambda fields: fields.update(base=3)), "damaged header"),
+    "rank is text": (with_metadata(lambda fields: fields.update(rank="4")), "damaged header"),
+    "prompt is a list": (with_metadata(lambda fields: fields.update(instance_prompt=[1])), "damaged header"),
+    "components is a list": (with_metadata(lambda fields: fields.update(components=["unet"])), "damaged header"),
+    "strength is text": (with_metadata(lambda fields: fields.update(suggested_strength="1")), "damaged header"),
+    "other tensor": (with_tensors({"unet.conv_in.weight": torch.ones(3)}), "unexpected tensor"),
+    "other component": (with_tensors({"vae.decoder.values": torch.ones(3)}), "none of the components"),
+    "matrix": (with_tensors({"unet.a.values": torch.ones(3, 3)}), "one row of floating point"),
+    "integers": (with_tensors({"unet.a.values": torch.ones(3, dtype=torch.int64)}), "one row of floating point"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_and_damaged_files_are_refused_in_one_line(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, message = FOREIGN[kind]
+    file = tmp_path / "adapter.safetensors"
+    make(file)
+    with pytest.raises(UserError, match=message) as refused:
+        read_adapter(file)
+    assert "\n" not in str(refused.value)
+    assert not Path("pickle-was-opened").exists()
+
+
+def test_fields_of_a_later_release_of_this_format_are_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    with_metadata(lambda fields: fields.update(mood="sunny"))(file)
+    assert read_header(file) == HEADER
+
+
+def test_an_unfinished_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
+    before = file.read_bytes()
+
+    def full_disk(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        write_adapter(file, replace(HEADER, trigger="other"), TENSORS)
+    assert file.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# Names
+
+
+def test_the_canonical_name_has_text_model_whatever_the_version_of_transformers() -> None:
+    flat = tiny_text_encoder()
+    nested = nn.Module()
+    nested.config = flat.config
+    nested.text_model = nn.Module()
+    canonical = "text_model.encoder.layers.0.mlp.fc1"
+    paths = (canonical, "encoder.layers.0.mlp.fc1")
+    here = paths[0] if hasattr(flat, "text_model") else paths[1]
+    assert flat.get_submodule(here) is flat.get_submodule(module_path(flat, canonical))
+    assert canonical_name("text_encoder", flat, here) == f"text_encoder.{canonical}"
+    assert canonical_name("text_encoder", nested, canonical) == f"text_encoder.{canonical}"
+    assert module_path(nested, canonical) == canonical
+
+
+# Fingerprint of the base
+
+
+@pytest.mark.parametrize("saved", ["float32", "sharded", "variant", "both variants"])
+def test_folder_and_live_pipeline_have_the_same_fingerprint(tmp_path: Path, saved: str) -> None:
+    pipe = tiny_pipeline()
+    live = fingerprint_of_pipeline(pipe, LAYERS)
+    assert live == fingerprint_of_pipeline({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, reversed(LAYERS))
+    if saved == "sharded":
+        pipe.save_pretrained(tmp_path, max_shard_size="50KB")
+        assert list((tmp_path / "unet").glob("*.index.json"))
+    elif saved != "variant":
+        pipe.save_pretrained(tmp_path)
+    if "variant" in saved:
+        pipe.to(dtype=torch.float16)
+        pipe.save_pretrained(tmp_path, variant="fp16")
+        assert list((tmp_path / "unet").glob("*.fp16.safetensors"))
+    from_folder = fingerprint_of_folder(tmp_path, LAYERS)
+    if saved == "variant":
+        live = fingerprint_of_pipeline(pipe, LAYERS)
+    assert from_folder == live
+
+
+def test_fingerprints_agree_over_dtypes_and_differ_over_weights() -> None:
+    header = replace(HEADER, base=BaseModel("toy", fingerprint=fingerprint_of_pipeline(tiny_pipeline(), LAYERS)))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check_base(header, fingerprint_of_pipeline(tiny_pipeline().to(dtype=dtype), LAYERS), "toy")
+    message = r"dog was trained on the base toy \(fingerprint \w{8}\), but the loaded base is other .*_path toy"
+    with pytest.raises(UserError, match=message):
+        check_base(header, fingerprint_of_pipeline(tiny_pipeline(seed=1), LAYERS), "other", adapter="dog")
+    with pytest.raises(UserError, match="no fingerprint"):
+        check_base(replace(HEADER, base=BaseModel("toy")), fingerprint_of_pipeline(tiny_pipeline(), LAYERS), "other")
+
+
+def test_no_fingerprint_of_what_is_no_model_folder(tmp_path: Path) -> None:
+    assert fingerprint_of_folder("someone/some-model", LAYERS) is None
+    assert fingerprint_of_folder(tmp_path, LAYERS) is None
+    tiny_pipeline().unet.save_pretrained(tmp_path / "unet")
+    assert fingerprint_of_folder(tmp_path, LAYERS[:2]) is not None
+    assert fingerprint_of_folder(tmp_path, LAYERS) is None
+    assert fingerprint_of_folder(tmp_path, ["unet.no.such.layer"]) is None
+
+
+def test_a_layer_that_the_pipeline_lacks_is_named() -> None:
+    with pytest.raises(UserError, match=r"no layer unet\.no\.such\.layer"):
+        fingerprint_of_pipeline(tiny_pipeline(), ["unet.no.such.layer"])

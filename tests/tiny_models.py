@@ -1,0 +1,103 @@
+"""Tiny randomly initialised models in the layout of the embedded one, built in code: no file, no hub."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WORDS = ("a", "photo", "of", "sks", "dog", "robot", "on", "the", "beach", "red", "style")
+MAX_TOKENS = 12
+TEXT_WIDTH = 24
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that knows `WORDS` as whole tokens and spells everything else in bytes."""
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = {token: index for index, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:  # merge from the right, so that words share their ends
+            pair = (pieces[-2], pieces[-1])
+            pieces[-2:] = ["".join(pair)]
+            if pair not in merges:
+                merges.append(pair)
+            vocabulary.setdefault(pieces[-1], len(vocabulary))
+    vocabulary["<|startoftext|>"] = len(vocabulary)
+    vocabulary["<|endoftext|>"] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 24),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=(2, 2),
+        norm_num_groups=8,
+        use_linear_projection=True,
+    ).eval()
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+
+
+def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline for 16 x 16 pictures with random weights that depend on ``seed`` alone."""
+    pipe = StableDiffusionPipeline(
+        vae=tiny_vae(seed),
+        text_encoder=tiny_text_encoder(seed),
+        tokenizer=tiny_tokenizer(),
+        unet=tiny_unet(seed),
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Inputs of one call of `tiny_unet`."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=generator).to(dtype),
+        "timestep": torch.tensor([10, 500]),
+        "encoder_hidden_states": torch.randn(2, MAX_TOKENS, TEXT_WIDTH, generator=generator).to(dtype),
+    }
