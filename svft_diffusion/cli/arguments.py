@@ -1,0 +1,78 @@
+"""Building an argument parser from a settings dataclass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from svft_diffusion.errors import UserError
+from svft_diffusion.settings import Setting, nearest_hint, settings_of
+
+Config = TypeVar("Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that accepts no abbreviations and names the nearest flag when one is unknown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(  # type: ignore[override]  # the overloads of the superclass say no more than this
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse all arguments; an unknown one ends the program with code 2 and the nearest known flag."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{nearest_hint(unknown[0], flags)}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2; the full usage is what ``--help`` is for."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one flag per field of ``config_class``; a flag that is not given leaves no attribute behind."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in settings_of(config_class):
+        title = item.group or "settings"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(f"--{item.name}", **_argument_options(item))
+
+
+def _argument_options(item: Setting) -> dict[str, Any]:
+    # Percent signs start format codes in argparse's help.
+    text = item.help.replace("%", "%%")
+    shown = "" if item.default is None or item.default in ("", [], False) else f" (default: {item.default})"
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + shown}
+    if item.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        return options
+    options["type"] = item.kind
+    if item.choices:
+        options["choices"] = item.choices
+    if item.is_list:
+        # Repeatable, and several values after one flag: --prompt a b and --prompt a --prompt b mean the same.
+        options["nargs"], options["action"] = "+", "extend"
+    return options
+
+
+def given_settings(config_class: type, options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that stood on the command line, and only those (defaults and files come below them)."""
+    return {item.name: getattr(options, item.name) for item in settings_of(config_class) if hasattr(options, item.name)}
+
+
+def config_from_options(config_class: type[Config], options: argparse.Namespace) -> Config:
+    """The settings object of a command that reads no file.
+
+    Raises:
+        UserError: if a setting without a default is missing.
+    """
+    given = given_settings(config_class, options)
+    try:
+        return config_class(**given)
+    except TypeError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,55 @@
+"""The console script: finds the command's module, runs it, and turns a user's error into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from svft_diffusion.errors import UserError
+from svft_diffusion.settings import nearest_hint
+
+# Command -> (module with ``run(argv)``, what it does). Modules are imported only when their command runs.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("svft_diffusion.cli.train", "train an adapter on a few photos of a subject (DreamBooth)"),
+    "sample": ("svft_diffusion.cli.sample", "generate pictures with any number of adapters"),
+    "app": ("svft_diffusion.cli.app", "open the web app"),
+    "demo": ("svft_diffusion.cli.demo", "train and sample on the embedded model, and show the result"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``svft-diffusion COMMAND ...`` and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    command = arguments[0]
+    if command == "--version":
+        from svft_diffusion import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}{nearest_hint(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    return run_command(command, arguments[1:])
+
+
+def run_command(command: str, arguments: Sequence[str]) -> int:
+    """Run one command with its arguments; the scripts at the top of the repository call this too."""
+    try:
+        importlib.import_module(COMMANDS[command][0]).run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    lines = ["usage: svft-diffusion COMMAND [--help]", "", "commands:"]
+    lines += [f"  {name:<8} {description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join(lines)

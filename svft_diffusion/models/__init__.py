@@ -1,0 +1,22 @@
+"""Base models: finding and loading them, and what training needs of each family."""
+
+from svft_diffusion.models.family import Conditioning, LatentDistribution, ModelFamily, family_of
+from svft_diffusion.models.loading import (
+    EMBEDDED_MODEL,
+    base_display_name,
+    default_resolution,
+    load_pipeline,
+    resolve_base,
+)
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Conditioning",
+    "LatentDistribution",
+    "ModelFamily",
+    "base_display_name",
+    "default_resolution",
+    "family_of",
+    "load_pipeline",
+    "resolve_base",
+]

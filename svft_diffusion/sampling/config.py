@@ -1,0 +1,56 @@
+"""Settings of the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from svft_diffusion.settings import setting
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What to draw, with which adapters, and where to put it."""
+
+    pretrained_model_name_or_path: str = setting(
+        "toybox", "base model: toybox (embedded), a diffusers folder, or a Hugging Face Hub name", group="base model"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a Hub model", group="base model")
+    variant: str | None = setting(None, "file variant of the base model, such as fp16", group="base model")
+    disable_safety_checker: bool = setting(
+        False, "leave out the safety checker that the base model brings along", group="base model"
+    )
+
+    adapter: list[str] = setting(
+        [],
+        "FILE[:weight], repeatable; all act at once; no weight means 1, negative ones are allowed, "
+        "a folder stands for the adapter.safetensors in it",
+        group="adapters",
+    )
+    weights: list[float] = setting(
+        [],
+        "strengths, one row of the grid each: every adapter's weight is multiplied by it "
+        "(0 0.5 1 shows the base model, half and full strength)",
+        group="adapters",
+    )
+
+    prompt: list[str] = setting([], "what to draw, repeatable", group="pictures")
+    negative_prompt: str = setting("", "what to avoid", group="pictures")
+    num_images: int = setting(1, "pictures for each prompt and strength", group="pictures")
+    seed: int = setting(0, "seed of the first picture; picture i has seed + i", group="pictures")
+    num_inference_steps: int = setting(25, "denoising steps", group="pictures")
+    guidance_scale: float = setting(
+        4.0, "how strictly the prompt is followed; 4 suits toybox, 7.5 is usual for Stable Diffusion", group="pictures"
+    )
+    height: int | None = setting(None, "pixels, default: the base model's own", group="pictures")
+    width: int | None = setting(None, "pixels, default: the base model's own", group="pictures")
+
+    output_dir: Path | None = setting(
+        None, "where to write, default: a new numbered folder in outputs/samples", group="output"
+    )
+    overwrite: bool = setting(False, "replace other pictures of the same names", group="output")
+
+    device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu", group="computing")
+    dtype: str = setting("float32", "precision of the base model", group="computing", choices=DTYPES)
