@@ -1,0 +1,1 @@
+"""The web app: a page over the same functions that the command line calls."""
