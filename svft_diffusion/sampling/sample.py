@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from svft_diffusion.adapters import load_adapter, set_adapters
 from svft_diffusion.errors import UserError
-from svft_diffusion.models.loading import default_resolution, load_pipeline
+from svft_diffusion.models.loading import default_resolution, load_pipeline, truncated_text
 from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.devices import resolve_device
@@ -72,6 +72,9 @@ def sample(config: SamplingConfig) -> SamplingResult:
     config = replace(config, width=config.width or resolution, height=config.height or resolution)
     if not config.overwrite:
         check_overwriting(output_dir, rows, width=config.width, height=config.height)
+    for prompt in config.prompt:
+        if lost := truncated_text(pipeline, prompt):
+            tqdm.write(f"the text encoder does not read the end of a prompt: {lost!r}")
     for adapter in adapters:
         load_adapter(pipeline, adapter.file, adapter.name)
     pictures = _generate_rows(pipeline, rows, config, output_dir)

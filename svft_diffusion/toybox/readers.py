@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ class Readers(nn.Module):
         super().__init__()
         channels = (32, 64, 112, 144)
         self.stem = nn.Conv2d(3, channels[0], 5, stride=2, padding=2)
-        self.stages = nn.Sequential(*(_Stage(a, b) for a, b in zip(channels, channels[1:], strict=False)))
+        self.stages = nn.Sequential(*(_Stage(a, b) for a, b in pairwise(channels)))
         features = 2 * channels[-1]
         self.identity_head = nn.Linear(features, EMBEDDING)
         self.image_text_head = nn.Linear(features, EMBEDDING)

@@ -7,6 +7,8 @@ and one token for each word of the world.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
@@ -68,9 +70,7 @@ def _split(word: str, merges: list[Merge]) -> list[str]:
     ranks = {merge: rank for rank, merge in enumerate(merges)}
     symbols = [*word[:-1], word[-1] + WORD_END]
     while len(symbols) > 1:
-        rank, index = min(
-            (ranks.get(pair, len(merges)), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False))
-        )
+        rank, index = min((ranks.get(pair, len(merges)), i) for i, pair in enumerate(pairwise(symbols)))
         if rank == len(merges):
             break
         symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]

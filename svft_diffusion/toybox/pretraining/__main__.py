@@ -40,7 +40,6 @@ from svft_diffusion.toybox.pretraining.latents import encode_dataset
 from svft_diffusion.toybox.pretraining.readers import ReaderSettings, export_readers, train_readers
 from svft_diffusion.toybox.readers import READERS_FILE
 
-
 Options = argparse.Namespace
 Settings = TypeVar("Settings")
 

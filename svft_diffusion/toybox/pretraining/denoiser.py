@@ -140,7 +140,7 @@ class LatentBatches:
 
 
 def train_denoiser(work_dir: Path, model: ConditionalDenoiser, settings: DenoiserSettings) -> None:
-    """Train until the time (or the decay) is over, saving state to ``work_dir`` and going on from it if there is one."""
+    """Train until the time (or the decay) is over; state is saved in ``work_dir`` and gone on from."""
     accelerator = Accelerator(cpu=True)
     checkpoint = work_dir / CHECKPOINT
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)

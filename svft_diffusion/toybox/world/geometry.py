@@ -55,6 +55,6 @@ def emblem_polygon(kind: str, x: float, y: float, size: float) -> Polygon:
         k, q = size, size * 0.35
         corners = [(-q, -k), (q, -k), (q, -q), (k, -q), (k, q), (q, q)]
         corners += [(q, k), (-q, k), (-q, q), (-k, q), (-k, -q), (-q, -q)]
-        return np.array(corners) + (x, y)
+        return np.array(corners) + np.array([x, y])
     bolt = [(-0.1, -1), (0.6, -1), (0.15, -0.2), (0.6, -0.2), (-0.35, 1), (-0.05, 0.1), (-0.5, 0.1)]
-    return np.array(bolt) * size + (x, y)
+    return np.array(bolt) * size + np.array([x, y])

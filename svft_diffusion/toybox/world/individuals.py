@@ -72,7 +72,7 @@ def any_colour(generator: random.Random) -> Colour:
 def random_individual(
     generator: random.Random, class_name: str | None = None, *, off_palette: float = 0.25
 ) -> Individual:
-    """An individual of ``class_name`` (any class if ``None``); its body is outside the palette with that probability."""
+    """An individual of ``class_name`` (``None``: any), with that probability of a body outside the palette."""
     body_name = None if generator.random() < off_palette else generator.choice(list(PALETTE))
     body = any_colour(generator) if body_name is None else near_colour(PALETTE[body_name], generator)
     # A pattern covers less than half of the body, so that the body's colour stays the one a viewer would name.

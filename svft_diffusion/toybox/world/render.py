@@ -93,7 +93,11 @@ def _pattern(individual: Individual, place: _Placement, side: int) -> Image.Imag
     else:
         inset = (np.abs((u * frequency) % 1 - 0.5) < 0.42) & (np.abs((v * frequency) % 1 - 0.5) < 0.42)
         marked = ((np.floor(u * frequency) + np.floor(v * frequency)) % 2 > 0) & inset
-    texture = np.where(marked[..., None], np.uint8(individual.pattern_colour), np.uint8(individual.body))
+    texture = np.where(
+        marked[..., None],
+        np.array(individual.pattern_colour, dtype=np.uint8),
+        np.array(individual.body, dtype=np.uint8),
+    )
     return Image.fromarray(texture).resize((side, side), Image.Resampling.NEAREST).convert("RGBA")
 
 
