@@ -7,6 +7,7 @@ from svft_diffusion.models.loading import (
     default_resolution,
     load_pipeline,
     resolve_base,
+    truncated_text,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "family_of",
     "load_pipeline",
     "resolve_base",
+    "truncated_text",
 ]

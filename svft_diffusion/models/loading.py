@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -73,15 +76,16 @@ def load_pipeline(
     """
     source = resolve_base(name)
     try:
-        return DiffusionPipeline.from_pretrained(
-            source,
-            # Named for every component: transformers would otherwise keep the precision of the files.
-            dtype=dtype,
-            revision=revision,
-            variant=variant,
-            local_files_only=local_files_only,
-            use_safetensors=True,
-        )
+        with _without_loading_bars():
+            return DiffusionPipeline.from_pretrained(
+                source,
+                # Named for every component: transformers would otherwise keep the precision of the files.
+                dtype=dtype,
+                revision=revision,
+                variant=variant,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+            )
     except (OSError, ValueError) as error:
         raise UserError(_why_not_loaded(base_display_name(name), error)) from error
 
@@ -97,6 +101,29 @@ def base_display_name(name: str) -> str:
     if name == EMBEDDED_MODEL or not (path.is_absolute() or name.startswith((".", "~")) or path.is_dir()):
         return name
     return Path(os.path.abspath(path)).name
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """No bar for each component read from disk (downloads keep theirs)."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def truncated_text(pipeline: DiffusionPipeline, prompt: str) -> str:
+    """The end of a prompt that is longer than the pipeline's text encoder reads, or nothing."""
+    tokenizer = pipeline.tokenizer
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    # Two places belong to the start and end tokens.
+    text: str = tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
+    return text
 
 
 def _why_not_loaded(name: str, error: BaseException) -> str:

@@ -1,0 +1,59 @@
+"""``svft-diffusion train``, which is also ``train_dreambooth.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
+from svft_diffusion.errors import UserError
+from svft_diffusion.settings import config_from_mapping
+from svft_diffusion.training.config import TrainingConfig
+
+_DESCRIPTION = """\
+Train an adapter on a few photos of a subject (DreamBooth).
+
+  svft-diffusion train --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir my-dog
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train with the settings of the command line, which win over those of ``--config``."""
+    parser = Parser(prog="svft-diffusion train", description=_DESCRIPTION)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="settings from a file; those on the command line win"
+    )
+    add_settings(parser, TrainingConfig)
+    options = parser.parse_args(argv)
+    settings = read_settings(options.config) if options.config else {}
+    config = config_from_mapping(TrainingConfig, settings | given_settings(TrainingConfig, options))
+
+    from accelerate import PartialState
+
+    from svft_diffusion.training.trainer import train  # heavy; --help and typing errors come first
+
+    result = train(config)
+    size = result.adapter.stat().st_size / 1000
+    PartialState().print(f"{result.adapter}: {size:.1f} kB, {result.trained_values:,} values, {result.seconds:.0f} s")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Settings from a YAML file.
+
+    Raises:
+        UserError: no such file, or it holds something else.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"can't read --config {file}: {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(f"--config {file} is no YAML: {' '.join(str(problem).split())}") from problem
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {file} must hold lines of 'name: value'")
+    return settings

@@ -1,0 +1,1 @@
+"""DreamBooth training of adapters: settings, the loop, checkpoints, samples and the model card."""

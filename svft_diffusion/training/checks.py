@@ -1,0 +1,183 @@
+"""What can be known to be wrong before the base model is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from svft_diffusion.adapters import SpectralConfig
+from svft_diffusion.data.class_images import given_class_pictures, read_class_prompts
+from svft_diffusion.data.dataset import Picture, pictures_with_prompts
+from svft_diffusion.data.photos import scan_photos
+from svft_diffusion.errors import UserError
+from svft_diffusion.models import resolve_base
+from svft_diffusion.settings import settings_of
+from svft_diffusion.training.checkpoints import checkpoint_named, existing_checkpoints
+from svft_diffusion.training.config import TrainingConfig
+
+_AT_LEAST_ONE = (
+    "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "resolution",
+    "checkpointing_steps", "checkpoints_total_limit", "num_class_images", "sample_batch_size",
+    "prior_generation_num_inference_steps", "num_validation_images", "validation_steps", "validation_epochs",
+    "lr_num_cycles",
+)  # fmt: skip
+_ABOVE_ZERO = ("learning_rate", "text_encoder_lr", "adam_epsilon", "max_grad_norm")
+_AT_LEAST_ZERO = ("lr_warmup_steps", "prior_loss_weight", "adam_weight_decay", "dataloader_num_workers", "seed")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files that a run reads, looked at."""
+
+    instance_pictures: list[Picture]
+    class_prompts: list[str]
+    notes: list[str]  # what the user should hear about the folders
+    checkpoint: Path | None
+
+
+def check(config: TrainingConfig) -> Inputs:
+    """Check everything about a run that needs no model, and change nothing on disk.
+
+    Raises:
+        UserError: one line with cause and remedy.
+    """
+    check_settings(config)
+    resolve_base(config.pretrained_model_name_or_path)
+    instance_pictures, notes = _instance_pictures(config)
+    class_prompts = _class_prompts(config)
+    if config.with_prior_preservation and config.class_data_dir is not None:
+        given = given_class_pictures(config.class_data_dir)
+        if given.photos:
+            notes.append(f"class images: {len(given.photos)} of unknown origin found in {config.class_data_dir}")
+    return Inputs(instance_pictures, class_prompts, notes, _check_output(config))
+
+
+def check_settings(config: TrainingConfig) -> None:
+    """Check values and combinations of the settings alone.
+
+    Raises:
+        UserError: one line with cause and remedy.
+    """
+    for item in settings_of(TrainingConfig):
+        item.convert(getattr(config, item.name))
+    _check_numbers(config)
+    adapter_config(config)
+    if config.train_text_encoder and config.targets == "cross-attention":
+        raise UserError("--targets cross-attention has no layer in the text encoder; leave out --train_text_encoder")
+    if config.text_encoder_lr is not None and not config.train_text_encoder:
+        raise UserError("--text_encoder_lr has no effect without --train_text_encoder")
+    _check_prior(config)
+    _check_packages(config)
+    if config.push_to_hub and config.report_to == "wandb" and config.hub_token is not None:
+        raise UserError("--hub_token would be sent to wandb with the settings; run `hf auth login` instead")
+
+
+def adapter_config(config: TrainingConfig) -> SpectralConfig:
+    """The adapter that the settings ask for. Raises `UserError` if it doesn't exist."""
+    return SpectralConfig(
+        method=config.method,
+        pattern=config.pattern,
+        off_diagonals=config.resolved_off_diagonals,
+        rank=config.rank,
+        targets=config.targets,
+    )
+
+
+def _check_numbers(config: TrainingConfig) -> None:
+    for name in (*_AT_LEAST_ONE, *_ABOVE_ZERO, *_AT_LEAST_ZERO):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, got {value}")
+        if name in _AT_LEAST_ONE and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+        if name in _ABOVE_ZERO and value <= 0:
+            raise UserError(f"--{name} must be above 0, got {value}")
+        if value < 0:
+            raise UserError(f"--{name} must be 0 or more, got {value}")
+
+
+def _check_prior(config: TrainingConfig) -> None:
+    if config.with_prior_preservation:
+        if config.class_data_dir is None:
+            raise UserError("--with_prior_preservation needs --class_data_dir, a folder for the class pictures")
+        if not config.class_prompt and config.class_prompts_file is None:
+            raise UserError("--with_prior_preservation needs --class_prompt (or --class_prompts_file)")
+        if config.class_data_dir.exists() and not config.class_data_dir.is_dir():
+            raise UserError(f"--class_data_dir {config.class_data_dir} is no folder")
+        return
+    for name in ("class_data_dir", "class_prompts_file"):
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name} has no effect without --with_prior_preservation; add that or leave this out")
+
+
+def _check_packages(config: TrainingConfig) -> None:
+    if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install 'svft-diffusion[8bit]'")
+    if config.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        raise UserError(
+            "--enable_xformers_memory_efficient_attention needs the package xformers: "
+            "pip install 'svft-diffusion[xformers]' (without the flag, torch's own fused attention runs)"
+        )
+
+
+def _instance_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
+    if config.instance_data_dir is None:
+        raise UserError("no photos: give --instance_data_dir FOLDER")
+    if not config.instance_prompt or not config.instance_prompt.strip():
+        raise UserError("no prompt: give --instance_prompt, such as 'a photo of sks dog'")
+    for name in ("class_data_dir", "output_dir"):
+        other = getattr(config, name)
+        if other is not None and other.resolve() == config.instance_data_dir.resolve():
+            raise UserError(f"--{name} is the folder of the photos, which would mix with what is written; use another")
+    found = scan_photos(config.instance_data_dir)
+    pictures = pictures_with_prompts(found, config.instance_prompt, config.caption_source)
+    sidecars = {photo.with_suffix(".txt") for photo in found.photos} if config.caption_source == "txt" else set()
+    skipped = [file for file in found.skipped if file.path not in sidecars]
+    notes = [f"photos: {len(pictures)} in {config.instance_data_dir}"]
+    if skipped:
+        notes.append("skipped: " + ", ".join(f"{file.path.name} ({file.reason})" for file in skipped))
+    return pictures, notes
+
+
+def _class_prompts(config: TrainingConfig) -> list[str]:
+    if not config.with_prior_preservation:
+        return []
+    if config.class_prompts_file is not None:
+        return read_class_prompts(config.class_prompts_file)
+    assert config.class_prompt is not None  # _check_prior
+    return [config.class_prompt]
+
+
+def _check_output(config: TrainingConfig) -> Path | None:
+    """The checkpoint to go on from, after making sure that the run may write where it wants to."""
+    check_writable(config.output_dir)
+    if config.class_data_dir is not None:
+        check_writable(config.class_data_dir)
+    if config.resume_from_checkpoint is not None:
+        return checkpoint_named(config.output_dir, config.resume_from_checkpoint)
+    if existing_checkpoints(config.output_dir):
+        raise UserError(
+            f"{config.output_dir} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
+            "or choose another --output_dir"
+        )
+    return None
+
+
+def check_writable(folder: Path) -> None:
+    """Whether ``folder`` can be created or written into, found out without leaving a trace.
+
+    Raises:
+        UserError: it can't.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"can't write to {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"can't write to {folder}: no permission in {existing}")

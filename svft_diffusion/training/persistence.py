@@ -1,0 +1,90 @@
+"""Saving a run and going on with it: the adapter file and the checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svft_diffusion.adapters import load_adapter_state, save_adapter
+from svft_diffusion.errors import UserError
+from svft_diffusion.files import AdapterMetadata, check_base, fingerprint_of_pipeline, read_adapter
+from svft_diffusion.files.adapter_file import VALUES_SUFFIX
+from svft_diffusion.models import base_display_name
+from svft_diffusion.training.card import saved_settings
+from svft_diffusion.training.checkpoints import ADAPTER_FILE, load_checkpoint_state, save_checkpoint, step_of
+from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.setup import ADAPTER_NAME, Run
+
+# What an adapter file says of its making: settings that change its values, and nothing of folders or clocks.
+_SETTINGS_IN_FILE = (
+    "resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "text_encoder_lr", "lr_scheduler", "timestep_sampling", "train_text_encoder", "with_prior_preservation",
+    "prior_loss_weight", "mixed_precision", "seed",
+)  # fmt: skip
+# A checkpoint can only be gone on from with the same of these.
+_SETTINGS_OF_CHECKPOINT = ("method", "pattern", "off_diagonals", "rank", "targets", "train_text_encoder", "seed")
+
+
+def save_result(run: Run, path: Path) -> None:
+    """Write the adapter as it is now. Raises `UserError` if its values are not finite."""
+    config = run.config
+    settings = saved_settings(config)
+    metadata = AdapterMetadata(
+        base_name=base_display_name(config.pretrained_model_name_or_path),
+        base_family=run.family.name,
+        trigger=_trigger(config),
+        instance_prompt=config.instance_prompt,
+        class_prompt=config.class_prompt,
+        training={name: settings[name] for name in _SETTINGS_IN_FILE if name in settings},
+    )
+    save_adapter(run.models, ADAPTER_NAME, path, metadata=metadata)
+
+
+def _trigger(config: TrainingConfig) -> str | None:
+    """The words that the prompt of the photos has and the prompt of the class has not."""
+    if config.class_prompt is None or config.instance_prompt is None:
+        return None
+    class_words = config.class_prompt.split()
+    return " ".join(word for word in config.instance_prompt.split() if word not in class_words) or None
+
+
+def save_run(run: Run, step: int) -> None:
+    """Write the checkpoint of a run that has finished ``step`` steps."""
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        state = {
+            "settings": {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT},
+            "optimizer": run.optimizer.state_dict(),
+            "lr_scheduler": run.lr_scheduler.state_dict(),
+            "gradient_scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        save_checkpoint(
+            run.config.output_dir, step, lambda path: save_result(run, path), state, run.config.checkpoints_total_limit
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def resume(run: Run, checkpoint: Path) -> int:
+    """Put everything into the state of ``checkpoint`` and return its step.
+
+    Raises:
+        UserError: the checkpoint is damaged, of another adapter or base, or already past the end.
+    """
+    state = load_checkpoint_state(checkpoint)
+    for name, value in state["settings"].items():
+        if getattr(run.config, name) != value:
+            raise UserError(
+                f"{checkpoint.name} was trained with {name}={value}, now it is {getattr(run.config, name)}: "
+                "resume with the same, or start a new run in another --output_dir"
+            )
+    step = step_of(checkpoint)
+    if step > run.total_steps:
+        raise UserError(f"{checkpoint.name} is past --max_train_steps {run.total_steps}; ask for more steps")
+    header, tensors = read_adapter(checkpoint / ADAPTER_FILE)
+    fingerprint = fingerprint_of_pipeline(run.models, [name.removesuffix(VALUES_SUFFIX) for name in tensors])
+    check_base(header, fingerprint, base_display_name(run.config.pretrained_model_name_or_path))
+    load_adapter_state(run.models, ADAPTER_NAME, tensors)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.accelerator.scaler is not None and state["gradient_scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+    return step

@@ -1,0 +1,186 @@
+"""Settings of training: command line, files, defaults and everything that is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from svft_diffusion.adapters.methods import METHODS
+from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
+from svft_diffusion.cli.train import read_settings
+from svft_diffusion.errors import UserError
+from svft_diffusion.settings import config_from_mapping
+from svft_diffusion.training.card import saved_settings
+from svft_diffusion.training.checks import check, check_settings
+from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.learning_rates import LEARNING_RATES
+
+# Flags of diffusers' train_dreambooth_lora.py that mean the same here.
+FAMILIAR_FLAGS = """
+    pretrained_model_name_or_path revision variant instance_data_dir class_data_dir instance_prompt class_prompt
+    with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution center_crop
+    train_text_encoder train_batch_size sample_batch_size num_train_epochs max_train_steps checkpointing_steps
+    checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate
+    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power use_8bit_adam dataloader_num_workers adam_beta1
+    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32
+    report_to validation_prompt num_validation_images validation_epochs mixed_precision prior_generation_precision
+    enable_xformers_memory_efficient_attention rank image_interpolation_mode
+""".split()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture
+def config(photos: Path, tmp_path: Path) -> TrainingConfig:
+    return TrainingConfig(
+        pretrained_model_name_or_path="some/model",
+        instance_data_dir=photos,
+        instance_prompt="a photo of sks dog",
+        output_dir=tmp_path / "out",
+    )
+
+
+def test_familiar_flags_exist() -> None:
+    assert {field.name for field in dataclasses.fields(TrainingConfig)} >= set(FAMILIAR_FLAGS)
+
+
+def test_every_method_and_pattern_has_a_learning_rate() -> None:
+    combinations = {(name, pattern) for name, method in METHODS.items() for pattern in method.patterns}  # type: ignore[attr-defined]
+    assert combinations == LEARNING_RATES.keys()
+
+
+def test_command_line_wins_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_train_steps: 10\nlearning_rate: 1e-3\ncenter_crop: true\n", encoding="utf-8")
+    parser = Parser(prog="train")
+    add_settings(parser, TrainingConfig)
+    given = given_settings(TrainingConfig, parser.parse_args(["--max_train_steps", "20", "--no-cache_latents"]))
+    config = config_from_mapping(TrainingConfig, read_settings(file) | given)
+    assert config.max_train_steps == 20 and config.learning_rate == 1e-3 and config.center_crop
+    assert not config.cache_latents and TrainingConfig().cache_latents
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "did you mean 'learning_rate'"),
+        ("rank: many", "rank: expected int"),
+        ("method: lora", "not one of svft"),
+        ("- a list", "name: value"),
+        ("a: [", "no YAML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        config_from_mapping(TrainingConfig, read_settings(file))
+
+
+def test_saved_settings_can_be_fed_back(config: TrainingConfig) -> None:
+    config = dataclasses.replace(config, hub_token="secret", resume_from_checkpoint="latest", learning_rate=1e-5)
+    text = yaml.safe_dump(saved_settings(config))
+    assert "secret" not in text
+    again = config_from_mapping(TrainingConfig, yaml.safe_load(text))
+    assert again == dataclasses.replace(config, hub_token=None, resume_from_checkpoint=None)
+
+
+def test_steps_and_passes() -> None:
+    assert TrainingConfig().steps(5) == 400
+    config = TrainingConfig(num_train_epochs=3, train_batch_size=2, gradient_accumulation_steps=2, validation_epochs=2)
+    assert config.steps(5) == 6 and config.steps(5, number_of_processes=2) == 3
+    assert config.steps_between_samples(5) == 4
+    assert dataclasses.replace(config, max_train_steps=7).steps(5) == 7
+
+
+def test_off_diagonals_default() -> None:
+    assert TrainingConfig().resolved_off_diagonals == 0
+    assert TrainingConfig(pattern="banded").resolved_off_diagonals == 2
+    assert TrainingConfig(pattern="banded", off_diagonals=5).resolved_off_diagonals == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instance_data_dir": None}, "--instance_data_dir"),
+        ({"instance_prompt": None}, "--instance_prompt"),
+        ({"instance_prompt": "  "}, "--instance_prompt"),
+        ({"method": "lora"}, "lora"),
+        ({"method": "svdiff", "pattern": "banded"}, "banded"),
+        ({"pattern": "plain", "off_diagonals": 2}, "off_diagonals=2|no off-diagonals"),
+        ({"targets": "everything"}, "everything"),
+        ({"rank": 0}, "rank"),
+        ({"train_batch_size": 0}, "--train_batch_size must be at least 1"),
+        ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be a finite number"),
+        ({"prior_loss_weight": -0.5}, "--prior_loss_weight must be 0 or more"),
+        ({"with_prior_preservation": True, "class_prompt": "a dog"}, "needs --class_data_dir"),
+        ({"with_prior_preservation": True, "class_data_dir": Path("c")}, "needs --class_prompt"),
+        ({"class_data_dir": Path("c")}, "no effect without --with_prior_preservation"),
+        ({"text_encoder_lr": 1e-3}, "no effect without --train_text_encoder"),
+        ({"train_text_encoder": True, "targets": "cross-attention"}, "no layer in the text encoder"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "no such base model folder"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint in"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(config: TrainingConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        check(dataclasses.replace(config, **changes))
+    assert "\n" not in str(refusal.value)
+    assert not config.output_dir.exists()
+
+
+def test_output_below_a_file_is_refused(config: TrainingConfig, photos: Path) -> None:
+    for output_dir in (photos / "photo.png", photos / "photo.png" / "deep" / "folder"):
+        with pytest.raises(UserError, match=r"can't write to .*photo\.png is a file"):
+            check(dataclasses.replace(config, output_dir=output_dir))
+
+
+def test_nothing_is_written_among_the_photos(config: TrainingConfig, photos: Path) -> None:
+    with pytest.raises(UserError, match="--output_dir is the folder of the photos"):
+        check(dataclasses.replace(config, output_dir=photos))
+    prior = dataclasses.replace(config, with_prior_preservation=True, class_prompt="a dog", class_data_dir=photos)
+    with pytest.raises(UserError, match="--class_data_dir is the folder of the photos"):
+        check(prior)
+
+
+def test_named_checkpoint_must_exist(config: TrainingConfig) -> None:
+    (config.output_dir / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no checkpoint .checkpoint-3.*there are checkpoint-4"):
+        check(dataclasses.replace(config, resume_from_checkpoint="checkpoint-3"))
+    assert check(dataclasses.replace(config, resume_from_checkpoint="latest")).checkpoint is not None
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        check(config)
+
+
+def test_missing_packages_are_named(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bitsandbytes"):
+        check_settings(dataclasses.replace(config, use_8bit_adam=True))
+    with pytest.raises(UserError, match="xformers"):
+        check_settings(dataclasses.replace(config, enable_xformers_memory_efficient_attention=True))
+
+
+def test_class_prompts_file(config: TrainingConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prior = dataclasses.replace(
+        config, with_prior_preservation=True, class_data_dir=tmp_path / "class", class_prompts_file=prompts
+    )
+    with pytest.raises(UserError, match="can't be read"):
+        check(prior)
+    prompts.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="holds no prompt"):
+        check(prior)
+    prompts.write_text("a dog on the beach\n\n a dog \n", encoding="utf-8")
+    assert check(prior).class_prompts == ["a dog on the beach", "a dog"]
