@@ -81,6 +81,13 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert list(written_json(first)) == [METADATA_KEY]
 
 
+def test_a_prompt_that_begins_with_a_slash_is_no_path(tmp_path: Path) -> None:
+    header = replace(HEADER, instance_prompt="/imagine a sks/dog", training={"validation_prompt": "/a/dog"})
+    written = read_header(write_adapter(tmp_path / "dog.safetensors", header, TENSORS))
+    assert written.instance_prompt == "/imagine a sks/dog"
+    assert written.training == {"validation_prompt": "/a/dog"}
+
+
 def test_no_folder_of_this_machine_is_written(tmp_path: Path) -> None:
     header = replace(
         HEADER,
@@ -149,11 +156,21 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank is text": (with_metadata(lambda fields: fields.update(rank="4")), "damaged header"),
     "prompt is a list": (with_metadata(lambda fields: fields.update(instance_prompt=[1])), "damaged header"),
     "components is a list": (with_metadata(lambda fields: fields.update(components=["unet"])), "damaged header"),
+    "training is a list": (with_metadata(lambda fields: fields.update(training=[1])), "damaged header"),
+    "version below zero": (with_metadata(lambda fields: fields.update(format_version=-1)), "damaged header"),
+    "strength beyond floats": (
+        with_metadata(lambda fields: fields.update(suggested_strength=10**400)),
+        "damaged header",
+    ),
+    "base of two lines": (with_metadata(lambda fields: fields["base"].update(name="a\nb")), "damaged header"),
+    "layers missing": (with_tensors(dict([*TENSORS.items()][:1])), "text_encoder: 1 layers, the file holds 0"),
     "strength is text": (with_metadata(lambda fields: fields.update(suggested_strength="1")), "damaged header"),
     "other tensor": (with_tensors({"unet.conv_in.weight": torch.ones(3)}), "unexpected tensor"),
     "other component": (with_tensors({"vae.decoder.values": torch.ones(3)}), "none of the components"),
-    "matrix": (with_tensors({"unet.a.values": torch.ones(3, 3)}), "one row of floating point"),
-    "integers": (with_tensors({"unet.a.values": torch.ones(3, dtype=torch.int64)}), "one row of floating point"),
+    "matrix": (with_tensors({"unet.a.values": torch.ones(3, 3)}), "one row of float32"),
+    "integers": (with_tensors({"unet.a.values": torch.ones(3, dtype=torch.int64)}), "one row of float32"),
+    "float64": (with_tensors({"unet.a.values": torch.full((3,), 1e300, dtype=torch.float64)}), "one row of float32"),
+    "float8": (with_tensors({"unet.a.values": torch.ones(3).to(torch.float8_e4m3fn)}), "one row of float32"),
 }
 
 
@@ -189,6 +206,12 @@ def test_an_unfinished_write_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         write_adapter(file, replace(HEADER, trigger="other"), TENSORS)
     assert file.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(UserError, match="can't write"):
+        write_adapter(tmp_path / "file" / "a.safetensors", HEADER, TENSORS)
 
 
 # Names
@@ -249,6 +272,12 @@ def test_no_fingerprint_of_what_is_no_model_folder(tmp_path: Path) -> None:
     assert fingerprint_of_folder(tmp_path, LAYERS[:2]) is not None
     assert fingerprint_of_folder(tmp_path, LAYERS) is None
     assert fingerprint_of_folder(tmp_path, ["unet.no.such.layer"]) is None
+
+
+def test_a_blank_fingerprint_belongs_to_no_base() -> None:
+    for blank in ("", " "):
+        with pytest.raises(UserError, match=r"trained on the base toy \(no fingerprint\)"):
+            check_base(replace(HEADER, base=BaseModel("toy", fingerprint=blank)), "float16:00", "other")
 
 
 def test_a_layer_that_the_pipeline_lacks_is_named() -> None:

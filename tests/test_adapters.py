@@ -383,6 +383,15 @@ def test_nothing_is_decomposed_while_an_adapter_is_fused() -> None:
         inject(model, CASES["svdiff"](), "b")
 
 
+def test_a_picture_in_inference_mode_leaves_a_16_bit_layer_trainable() -> None:
+    model = adapted("svft plain", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        model(inputs(torch.bfloat16))
+    x = inputs(torch.bfloat16).requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
 def test_merge_refuses_values_that_are_not_finite_when_asked_to() -> None:
     model = adapted("svft plain")
     layer = spectral_layers(model)["wide"]

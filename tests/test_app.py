@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
 from adapter_files import ModelsOnDisk, write_models
 from PIL import Image
 
@@ -20,11 +22,12 @@ from svft_diffusion.app.cards import EMPTY_SLOTS, MOST_ADAPTERS, card_updates, r
 from svft_diffusion.app.config import AppConfig  # noqa: E402
 from svft_diffusion.app.launch import build_app, launch  # noqa: E402
 from svft_diffusion.app.library import adapters_in  # noqa: E402
+from svft_diffusion.app.studio import Studio  # noqa: E402
 from svft_diffusion.cli.main import run_command  # noqa: E402
 from svft_diffusion.errors import UserError  # noqa: E402
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, check_adapter  # noqa: E402
 from svft_diffusion.sampling.png import read_png_settings  # noqa: E402
-from svft_diffusion.sampling.sample import SamplingConfig, sample  # noqa: E402
+from svft_diffusion.sampling.sample import SamplingConfig, open_pipeline, sample  # noqa: E402
 
 STEPS = 2
 
@@ -200,6 +203,47 @@ def test_cards_keep_their_places(app: RunningApp) -> None:
         with_adapter(EMPTY_SLOTS, CheckedAdapter("dog", dog.file, 3.0, dog.sha256, dog.header))
     with pytest.raises(UserError, match="places are taken"):
         with_adapter((style,) * MOST_ADAPTERS, dog)
+
+
+def test_files_of_the_server_are_no_uploads(app: RunningApp) -> None:
+    visitor = app.visitor()
+    for file in (app.models.style, app.models.foreign):
+        address = f"{app.address}gradio_api/call/upload_adapters"
+        data = {"data": [[{"path": str(file), "meta": {"_type": "gradio.FileData"}}]]}
+        event = httpx.post(address, json=data).json()["event_id"]
+        answer = httpx.get(f"{address}/{event}", timeout=60).text
+        assert "event: error" in answer and "event: complete" not in answer
+        assert httpx.get(f"{app.address}gradio_api/file={file}").status_code == 403
+    uploaded = visitor.predict([gradio_client.handle_file(app.models.style)], api_name="/upload_adapters")
+    assert "style" in str(uploaded)
+
+
+def test_other_machines_are_let_in_on_request_only(capsys: pytest.CaptureFixture[str]) -> None:
+    for address in ("0.0.0.0", "192.168.0.2", "::", "", "example.org"):
+        assert run_command("app", ["--server_name", address]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and "--allow_public" in message and message.count("\n") == 1
+        assert AppConfig(server_name=address, allow_public=True).server_name == address
+    for address in ("127.0.0.1", "127.8.0.1", "localhost", "::1"):
+        assert AppConfig(server_name=address).server_name == address
+
+
+def test_a_base_that_is_not_there_leaves_the_loaded_one(
+    app: RunningApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counted(base: str, **options: Any) -> Any:
+        opened.append(base)
+        return open_pipeline(base, **options)
+
+    monkeypatch.setattr("svft_diffusion.app.studio.open_pipeline", counted)
+    studio = Studio(tmp_path, device=torch.device("cpu"))
+    studio.open_base(str(app.models.base))
+    with pytest.raises(UserError, match="no such base model folder"):
+        studio.open_base(str(tmp_path / "nowhere"))
+    studio.open_base(str(app.models.base))
+    assert opened == [str(app.models.base)]
 
 
 def test_bad_start_is_one_line(app: RunningApp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,14 @@ def test_an_entry_of_another_shape_is_not_used(store: FactorCache, weight: torch
 def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path: Path, weight: torch.Tensor) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way", encoding="utf-8")
-    assert equal(FactorCache(blocked / "factors").factors(weight), decompose(weight))
+    for folder in (blocked / "factors", tmp_path / ("too long " * 50)):
+        assert equal(FactorCache(folder).factors(weight), decompose(weight))
+
+
+def test_cached_factors_lie_in_memory_like_computed_ones(store: FactorCache, weight: torch.Tensor) -> None:
+    store.factors(weight)
+    for stored, computed in zip(store.factors(weight), decompose(weight), strict=True):
+        assert stored.data_ptr() % 64 == computed.data_ptr() % 64 == 0
 
 
 def test_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weight: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from tiny_models import tiny_inputs, tiny_pipeline, tiny_text_encoder, tiny_unet
 
@@ -244,6 +245,7 @@ def test_values_that_do_not_fit_the_header_are_refused(dog: Path, field: str, va
 @pytest.mark.parametrize("layer", ["unet.no.such.layer", "text_encoder.text_model.encoder.layers.7.mlp.fc1"])
 def test_layers_that_the_model_lacks_are_refused(dog: Path, layer: str) -> None:
     header, tensors = read_adapter(dog)
+    header.components[layer.partition(".")[0]] += 1
     write_adapter(dog, header, {**tensors, f"{layer}.values": torch.ones(3)})
     pipe = tiny_pipeline()
     with pytest.raises(UserError, match="there is no layer"):
@@ -323,15 +325,41 @@ def test_weights_that_make_no_sense(dog: Path, weights: dict[str, float], messag
 
 def test_names(dog: Path) -> None:
     pipe = tiny_pipeline()
-    assert load_adapter(pipe, dog, "my.dog v2") == "my_dog v2"
-    with pytest.raises(UserError, match="'my_dog v2' is already loaded"):
-        load_adapter(pipe, dog, "my.dog v2")
-    with pytest.raises(UserError, match="needs a name"):
-        load_adapter(pipe, dog, "")
-    with pytest.raises(UserError, match="no adapter 'dog'; loaded: my_dog v2"):
+    assert load_adapter(pipe, dog, "my dog-2") == "my dog-2"
+    with pytest.raises(UserError, match="'my dog-2' is already loaded"):
+        load_adapter(pipe, dog, "my dog-2")
+    with pytest.raises(UserError, match="no adapter 'dog'; loaded: my dog-2"):
         unload_adapter(pipe, "dog")
     with pytest.raises(UserError, match="no adapter 'dog'"):
         save_adapter(pipe, "dog", dog, metadata=METADATA)
+
+
+@pytest.mark.parametrize("name", ["", "my.dog", "training", "values", "_parameters"])
+def test_names_that_no_parameter_can_have_are_refused(dog: Path, name: str) -> None:
+    pipe = tiny_pipeline()
+    before = picture(pipe)
+    for add in (
+        lambda: load_adapter(pipe, dog, name),
+        lambda: add_training_adapter(pipe, SVFTConfig(), name),
+        lambda: inject_adapter_in_model(SVFTConfig(), pipe.unet, name),
+    ):
+        with pytest.raises(UserError, match="name"):
+            add()
+    assert_untouched(pipe)
+    assert np.array_equal(picture(pipe), before)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"), [("training", "training_adapter"), ("my.dog v2", "my_dog_v2"), ("...", "adapter")]
+)
+def test_a_file_may_have_any_name(dog: Path, stem: str, name: str) -> None:
+    pipe = tiny_pipeline()
+    assert load_adapter(pipe, dog.rename(dog.with_name(f"{stem}.safetensors"))) == name
+    pipe.unet.train().eval()
+    changed = picture(pipe)
+    unload_adapter(pipe, name)
+    assert not np.array_equal(picture(pipe), changed)
+    assert_untouched(pipe)
 
 
 def test_a_lora_file_is_told_apart(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_names_of_adapters_are_unique_and_fit_peft() -> None:
     assert adapter_label(Path("outputs/dog/adapter.safetensors")) == "dog"
     assert adapter_label(Path("outputs/style.v2.safetensors")) == "style.v2"
     assert unique_names(["dog", "style.v2", "dog", "...", "dog"]) == ["dog", "style_v2", "dog-2", "adapter", "dog-3"]
+    assert unique_names(["training", "training"]) == ["training_adapter", "training_adapter-2"]
 
 
 def test_png_settings_survive_any_text(tmp_path: Path) -> None:
@@ -147,6 +148,12 @@ def test_png_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=reason):
             read_png_settings(tmp_path / name)
+
+
+def test_png_in_the_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(UserError, match="can't write"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "file" / "a.png", {})
 
 
 def test_grid_places_pictures_of_any_shape() -> None:

@@ -185,14 +185,16 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _factors_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``U`` and ``Vh`` on the device of ``x`` in the dtype of the matrix products with it; cast once."""
         if self._factors.U.device != x.device:
-            self._factors = self._factors.to(x.device)
+            with torch.inference_mode(False):  # what is kept here outlives the call and may serve training next
+                self._factors = self._factors.to(x.device)
             self._cast_factors.clear()
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if dtype == torch.float32:
             return self._factors.U, self._factors.Vh
         if dtype not in self._cast_factors:
-            self._cast_factors[dtype] = (self._factors.U.to(dtype), self._factors.Vh.to(dtype))
+            with torch.inference_mode(False):
+                self._cast_factors[dtype] = (self._factors.U.to(dtype), self._factors.Vh.to(dtype))
         return self._cast_factors[dtype]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLayer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.injection import adapters_of, inject, refuse_fused, remove, spectral_layers
 from svft_diffusion.adapters.methods import method_named
+from svft_diffusion.adapters.names import usable_adapter_name
 from svft_diffusion.adapters.targets import PRESETS, matching_layers
 from svft_diffusion.adapters.training import adapter_state
 from svft_diffusion.adapters.tuner import layer_options
@@ -49,19 +50,20 @@ def load_adapter(
     Args:
         pipe: a diffusers pipeline, or a mapping of component names to models.
         file: the adapter's ``.safetensors`` file.
-        name: what to call it; the file's name when left out.
+        name: what to call it; the file's name, made fit for a parameter, when left out.
         on_mismatch: what to do when the adapter was trained on other base weights: refuse, or log and go on.
 
     Returns:
         The name of the adapter.
 
     Raises:
-        UserError: the file or the pipeline does not fit; the pipeline is as it was.
+        UserError: the file, the pipeline or the name does not fit; the pipeline is as it was.
     """
     file = Path(file)
     header, tensors = read_adapter(file)
     components = components_of(pipe)
-    name = _free_name(components, file.stem if name is None else name)
+    name = usable_adapter_name(file.stem) if name is None else name
+    _check_free(components, name)
     by_component = _tensors_by_component(file, components, tensors)
     config = SpectralConfig(
         method=header.method,
@@ -166,14 +168,10 @@ def loaded_adapters(pipe: object) -> list[str]:
     return sorted({name for model in components_of(pipe).values() for name in adapters_of(model)})
 
 
-def _free_name(components: Mapping[str, nn.Module], name: str) -> str:
-    name = name.replace(".", "_")  # a dot would end the name of a parameter
-    if not name:
-        raise UserError("an adapter needs a name")
+def _check_free(components: Mapping[str, nn.Module], name: str) -> None:
     for model in components.values():
         if name in adapters_of(model) or name in getattr(model, "peft_config", {}):
             raise UserError(f"an adapter {name!r} is already loaded; give this one another name or unload that first")
-    return name
 
 
 def _tensors_by_component(

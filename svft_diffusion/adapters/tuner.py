@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.layer import SpectralLayer
 from svft_diffusion.adapters.methods import LayerOptions, method_named
+from svft_diffusion.adapters.names import check_adapter_name
 from svft_diffusion.adapters.registration import PREFIX
 from svft_diffusion.adapters.targets import matching_layers
 from svft_diffusion.errors import UserError
@@ -37,9 +38,10 @@ class SpectralModel(BaseTuner):
         """Check and decompose every target first, then let PEFT replace the layers.
 
         Raises:
-            UserError: a target can't carry the adapter; the model is as it was.
+            UserError: a name that no adapter can have, or a target can't carry the adapter; the model is as it was.
         """
         try:
+            check_adapter_name(adapter_name)
             # A copy: the targets found here are those of this model, the caller's config may serve another one.
             config = copy.copy(self.peft_config[adapter_name])
             paths = _target_paths(model, config, state_dict)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from svft_diffusion.errors import UserError
 from svft_diffusion.sampling.config import DTYPES
 from svft_diffusion.settings import setting
 
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Where the app listens, and what it starts with."""
+    """Where the app listens, and what it starts with.
+
+    Raises:
+        UserError: an address that other machines reach, without ``allow_public``.
+    """
 
     pretrained_model_name_or_path: str = setting(
         "toybox",
@@ -29,8 +35,29 @@ class AppConfig:
 
     output_dir: Path = setting(Path("outputs/app"), "where pictures are kept", group="output")
 
-    server_name: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets the whole network in", group="server")
+    server_name: str = setting(
+        "127.0.0.1", "address to listen on; any other than this machine's own needs --allow_public", group="server"
+    )
+    allow_public: bool = setting(
+        False,
+        "let other machines in: whoever reaches the page can draw and load any base model, there is no login",
+        group="server",
+    )
     server_port: int = setting(7860, "port to listen on", group="server")
 
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu", group="computing")
     dtype: str = setting("float32", "precision of the base model", group="computing", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        if not self.allow_public and not _is_loopback(self.server_name):
+            raise UserError(
+                f"--server_name {self.server_name!r} lets other machines in, and the app has no login; "
+                "give --allow_public too if you mean it"
+            )
+
+
+def _is_loopback(server_name: str) -> bool:
+    try:
+        return server_name == "localhost" or ipaddress.ip_address(server_name).is_loopback
+    except ValueError:  # another name: it may stand for any address
+        return False

@@ -14,7 +14,7 @@ from PIL import Image
 
 from svft_diffusion.adapters import load_adapter, set_adapters, unload_adapter
 from svft_diffusion.errors import UserError
-from svft_diffusion.models.loading import default_resolution
+from svft_diffusion.models.loading import default_resolution, resolve_base
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, sha256_of
 from svft_diffusion.sampling.plan import check_picture_settings, picture_settings, slug
 from svft_diffusion.sampling.png import save_png
@@ -106,6 +106,7 @@ class Studio:
 
     def _pipeline_for(self, base: str) -> DiffusionPipeline:
         if self._pipeline is None or base != self._base:
+            resolve_base(base)
             # The old model goes first: two may not fit into memory. If the new one fails, the old one loads again.
             self._base, self._pipeline, self._loaded = None, None, {}
             self._pipeline = open_pipeline(

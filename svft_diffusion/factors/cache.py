@@ -89,12 +89,13 @@ def _digest(factors: SingularFactors) -> str:
 
 def _read_entry(entry: Path, shape: tuple[int, ...]) -> SingularFactors | None:
     """The stored factors, or None where there are none or where the entry is damaged."""
-    if not entry.exists():
-        return None
     try:
         with safe_open(entry, framework="pt") as file:
             stored_digest = (file.metadata() or {}).get("digest")
-            factors = SingularFactors(*(file.get_tensor(name) for name in SingularFactors._fields))
+            # Copies, because a tensor in a file begins anywhere and the last bits of a product may depend on that.
+            factors = SingularFactors(*(file.get_tensor(name).clone() for name in SingularFactors._fields))
+    except FileNotFoundError:
+        return None
     except (SafetensorError, OSError, ValueError) as problem:
         _logger.warning("cache entry %s can't be read (%s); decomposing again", entry.name, problem)
         return None

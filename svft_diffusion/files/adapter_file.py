@@ -11,12 +11,14 @@ machine that wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import struct
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -103,18 +105,20 @@ def write_adapter(file: str | Path, header: AdapterHeader, tensors: Mapping[str,
         UserError: a value is NaN or infinite, a name is not canonical, or the file can't be written.
     """
     file = Path(file)
-    for name, tensor in tensors.items():
+    values = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
+    for name, tensor in values.items():
         _check_tensor(file, name, tensor)
     fields = _without_folders(dataclasses.asdict(header))
     metadata = {METADATA_KEY: json.dumps(fields, sort_keys=True, ensure_ascii=True, allow_nan=False)}
-    content = save({name: tensors[name].float().cpu().contiguous() for name in sorted(tensors)}, metadata)
+    content = save(values, metadata)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(content)
         os.replace(unfinished, file)
     except OSError as problem:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"can't write {file}: {problem.strerror or problem}") from problem
     return file
 
@@ -141,17 +145,28 @@ def read_adapter(file: str | Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
     """Header and tensors (float32, CPU) of an adapter file. Never unpickles anything.
 
     Raises:
-        UserError: as `read_header`; or a tensor has a foreign name or shape, or holds NaN or infinity.
+        UserError: as `read_header`; or a tensor has a foreign name, type or shape, or holds NaN or infinity; or
+            there are not as many as the header says.
     """
     file = Path(file)
     header = read_header(file)
-    with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    except (SafetensorError, OSError) as problem:
+        raise UserError(f"{file} is damaged or no safetensors file: {problem}") from problem
     if not tensors:
         raise UserError(f"{file} holds no tensors")
     for name, tensor in tensors.items():
         _check_tensor(file, name, tensor)
-    return header, {name: tensor.float() for name, tensor in tensors.items()}
+    held = Counter(split_canonical_name(name)[0] for name in tensors)
+    for component in {**header.components, **held}:
+        expected = header.components.get(component, 0)
+        if held[component] != expected:
+            raise UserError(
+                f"{file} is not whole: its header says {component}: {expected} layers, the file holds {held[component]}"
+            )
+    return header, tensors
 
 
 def _check_container(file: Path) -> None:
@@ -175,17 +190,17 @@ def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
     if not name.endswith(VALUES_SUFFIX):
         raise UserError(f"{file}: unexpected tensor {name!r}; names end in {VALUES_SUFFIX!r}")
     split_canonical_name(name.removesuffix(VALUES_SUFFIX))
-    if tensor.ndim != 1 or not tensor.is_floating_point():
-        raise UserError(f"{file}: {name} must be one row of floating point values")
+    if tensor.ndim != 1 or tensor.dtype != torch.float32:
+        raise UserError(f"{file}: {name!r} must be one row of float32 values")
     if not torch.isfinite(tensor).all():
-        raise UserError(f"{file}: {name} holds NaN or infinite values; the training that made it went wrong")
+        raise UserError(f"{file}: {name!r} holds NaN or infinite values; the training that made it went wrong")
 
 
 def _header_from_json(file: Path, text: str) -> AdapterHeader:
     try:
         fields = json.loads(text)
         format_version = fields["format_version"]
-        if not isinstance(format_version, int):
+        if not isinstance(format_version, int) or format_version < 0:
             raise TypeError("format_version is not a number")
         if format_version > FORMAT_VERSION:
             raise UserError(
@@ -195,7 +210,7 @@ def _header_from_json(file: Path, text: str) -> AdapterHeader:
         base = BaseModel(**_known_fields(BaseModel, fields["base"]))
         header = AdapterHeader(**{**_known_fields(AdapterHeader, fields), "base": base})
         _check_field_types(header)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as problem:
         raise UserError(f"{file} has a damaged header: {problem}") from problem
     return header
 
@@ -216,6 +231,10 @@ def _check_field_types(header: AdapterHeader) -> None:
         raise TypeError("a prompt is not text")
     if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts):
         raise TypeError("a count is not a whole number")
+    if not isinstance(header.training, dict):
+        raise TypeError("the training settings are no object")
+    if not header.base.name.isprintable():  # error messages quote it
+        raise ValueError("the base model's name is not one line of text")
     if not math.isfinite(header.suggested_strength):
         raise ValueError("suggested_strength is not finite")
 
@@ -223,7 +242,11 @@ def _check_field_types(header: AdapterHeader) -> None:
 def _without_folders(value: Any) -> Any:
     """The same JSON value with every absolute path cut to its last part: it names a place on one machine only."""
     if isinstance(value, dict):
-        return {str(key): _without_folders(item) for key, item in value.items()}
+        # A prompt may begin with a slash and is no path.
+        return {
+            str(key): item if str(key).endswith(("prompt", "trigger")) else _without_folders(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in value]
     if isinstance(value, Path):

@@ -91,7 +91,8 @@ def check_base(header: AdapterHeader, fingerprint: str, base_name: str, *, adapt
 
 
 def _short(fingerprint: str) -> str:
-    return "fingerprint " + fingerprint.split()[0].partition(":")[2][:8] if fingerprint else "no fingerprint"
+    parts = fingerprint.split()
+    return f"fingerprint {parts[0].partition(':')[2][:8]}" if parts else "no fingerprint"
 
 
 def _fingerprint(samples: Mapping[str, Sample]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from svft_diffusion.adapters.names import usable_adapter_name
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import AdapterHeader, check_base, fingerprint_of_folder, read_adapter
 from svft_diffusion.files.adapter_file import VALUES_SUFFIX
@@ -29,7 +30,7 @@ class AdapterChoice:
 class CheckedAdapter:
     """An adapter file that was read and fits the base model."""
 
-    name: str  # unique among the adapters of one run, and usable as an adapter's name in PEFT
+    name: str  # unique among the adapters of one run, and one that adapters can have
     file: Path
     weight: float
     sha256: str
@@ -106,10 +107,10 @@ def adapter_label(file: Path) -> str:
 
 
 def unique_names(labels: Iterable[str]) -> list[str]:
-    """``labels`` as names that PEFT accepts (no dots), numbered where two would be the same."""
+    """``labels`` as names that adapters can have, numbered where two would be the same."""
     names: list[str] = []
     for label in labels:
-        plain = re.sub(r"[^\w-]+", "_", label).strip("_") or "adapter"
+        plain = usable_adapter_name(label)
         name, number = plain, 2
         while name in names:
             name, number = f"{plain}-{number}", number + 1

@@ -6,6 +6,7 @@ Two text chunks: ``parameters``, the lines that web interfaces for Stable Diffus
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -42,7 +43,8 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) 
         image.save(unfinished, format="PNG", pnginfo=chunks)
         os.replace(unfinished, path)
     except OSError as problem:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"can't write {path}: {problem.strerror or problem}") from problem
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,11 +152,10 @@ def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:
 
 
 def _make_writable_folder(folder: Path) -> None:
-    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as problem:
         raise UserError(f"can't write to {folder}: {problem.strerror or problem}") from problem
 
