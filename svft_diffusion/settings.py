@@ -56,12 +56,12 @@ class Setting:
     def _convert_item(self, value: Any) -> Any:
         if self.kind is bool:
             converted = value if isinstance(value, bool) else None
-        elif isinstance(value, bool):
+        elif isinstance(value, bool | list | dict):  # as text, they would be taken for a prompt
             converted = None
         else:
             try:
                 converted = self.kind(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 converted = None
             if self.kind is int and isinstance(value, float) and value != converted:
                 converted = None

@@ -77,6 +77,8 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ("learning_rat: 1", "did you mean 'learning_rate'"),
         ("rank: many", "rank: expected int"),
         ("method: lora", "not one of svft"),
+        ("max_train_steps: .inf", "max_train_steps: expected int"),
+        ("instance_prompt: [a dog, a cat]", "instance_prompt: expected str"),
         ("- a list", "name: value"),
         ("a: [", "no YAML"),
     ],
@@ -125,8 +127,15 @@ def test_off_diagonals_default() -> None:
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "--learning_rate must be a finite number"),
         ({"prior_loss_weight": -0.5}, "--prior_loss_weight must be 0 or more"),
+        ({"adam_beta1": 1.0}, "--adam_beta1 must be at least 0 and below 1"),
+        ({"adam_beta2": -0.1}, "--adam_beta2 must be at least 0 and below 1"),
+        ({"lr_power": float("nan")}, "--lr_power must be a finite number"),
+        ({"prior_generation_guidance_scale": float("inf")}, "--prior_generation_guidance_scale must be a finite"),
+        ({"resolution": 65}, "--resolution must be a multiple of 8, got 65"),
+        ({"seed": 2**64}, "--seed must be below"),
         ({"with_prior_preservation": True, "class_prompt": "a dog"}, "needs --class_data_dir"),
         ({"with_prior_preservation": True, "class_data_dir": Path("c")}, "needs --class_prompt"),
+        ({"with_prior_preservation": True, "class_data_dir": Path("c"), "class_prompt": " "}, "needs --class_prompt"),
         ({"class_data_dir": Path("c")}, "no effect without --with_prior_preservation"),
         ({"text_encoder_lr": 1e-3}, "no effect without --train_text_encoder"),
         ({"train_text_encoder": True, "targets": "cross-attention"}, "no layer in the text encoder"),
@@ -145,6 +154,41 @@ def test_output_below_a_file_is_refused(config: TrainingConfig, photos: Path) ->
     for output_dir in (photos / "photo.png", photos / "photo.png" / "deep" / "folder"):
         with pytest.raises(UserError, match=r"can't write to .*photo\.png is a file"):
             check(dataclasses.replace(config, output_dir=output_dir))
+
+
+def test_folder_that_refuses_files_is_found_out(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*positional: Any, **named: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    # Permission bits say nothing of this, and nothing at all to root.
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(UserError, match=r"can't write to .*out: Read-only file system"):
+        check(config)
+
+
+def test_writable_folders_are_left_as_they_were(config: TrainingConfig) -> None:
+    check(config)
+    assert not config.output_dir.exists()
+    config.output_dir.mkdir()
+    check(config)
+    assert list(config.output_dir.iterdir()) == []
+
+
+def test_files_of_the_class_folder_that_are_not_used_are_listed(config: TrainingConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "own.png")
+    (folder / "text.jpg").write_text("no picture", encoding="utf-8")
+    prior = dataclasses.replace(config, with_prior_preservation=True, class_data_dir=folder, class_prompt="a dog")
+    assert "in the class folder, skipped text.jpg (no readable picture)" in check(prior).notes
+
+
+def test_class_pictures_and_results_don_t_mix(config: TrainingConfig) -> None:
+    prior = dataclasses.replace(
+        config, with_prior_preservation=True, class_data_dir=config.output_dir, class_prompt="a dog"
+    )
+    with pytest.raises(UserError, match="--class_data_dir is the folder of --output_dir"):
+        check(prior)
 
 
 def test_nothing_is_written_among_the_photos(config: TrainingConfig, photos: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from tiny_models import tiny_pipeline
 
@@ -171,6 +173,14 @@ def test_limit_removes_several_after_resuming(config: TrainingConfig) -> None:
     assert checkpoints(config.output_dir) == {"checkpoint-6", "checkpoint-8"}
 
 
+def test_limit_counts_no_later_checkpoints_of_an_earlier_run(config: TrainingConfig) -> None:
+    train(replace(config, max_train_steps=8))
+    changed = replace(config, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=1, max_train_steps=4)
+    train(changed)
+    # What was written just now stays; what another run wrote beyond it is not ours to remove.
+    assert checkpoints(config.output_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -222,6 +232,9 @@ def test_damaged_or_foreign_checkpoints_are_refused(config: TrainingConfig) -> N
     resumed = replace(config, resume_from_checkpoint="checkpoint-2")
     with pytest.raises(UserError, match="trained with method=svft, now it is svdiff"):
         train(replace(resumed, method="svdiff"))
+    # The optimizer's state holds the old rate, which would go on silently.
+    with pytest.raises(UserError, match=r"trained with learning_rate=0\.05, now it is 0\.01"):
+        train(replace(resumed, learning_rate=0.01))
     with pytest.raises(UserError, match="past --max_train_steps 1"):
         train(replace(resumed, max_train_steps=1))
     state = config.output_dir / "checkpoint-2" / "training_state.safetensors"
@@ -416,6 +429,58 @@ def test_bad_input_exits_with_2_and_leaves_nothing(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "README.md", "config.yaml"])
+def test_command_overwrites_no_file_of_others(
+    config: TrainingConfig, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / name).write_text("precious", encoding="utf-8")
+    assert run_command("train", arguments(config)) == 2
+    assert f"{name} is there already" in capsys.readouterr().err
+    assert [path.name for path in config.output_dir.iterdir()] == [name]
+    assert (config.output_dir / name).read_text(encoding="utf-8") == "precious"
+
+
+def test_run_that_died_before_its_first_checkpoint_starts_again(config: TrainingConfig) -> None:
+    def power_cut(report: StepReport) -> None:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config, on_step=power_cut)
+    assert run_command("train", arguments(config, max_train_steps=1)) == 0
+
+
+@pytest.mark.parametrize("index", ['{"_class_name": "FooPipeline"}', "[]", "{"])
+def test_damaged_base_is_named_in_one_line(config: TrainingConfig, tmp_path: Path, index: str) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(UserError, match="the base model damaged can't be loaded") as refusal:
+        load_pipeline(str(folder))
+    assert "\n" not in str(refusal.value)
+
+
+def test_upload_leaves_out_checkpoints_curves_and_paths_of_this_machine(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[str] = []
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            pass
+
+        def create_repo(self, name: str, *, exist_ok: bool) -> RepoUrl:
+            return RepoUrl(f"https://huggingface.co/someone/{name}")
+
+        def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str], **named: str) -> None:
+            files = (path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file())
+            uploaded.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr("svft_diffusion.training.hub.HfApi", Hub)
+    train(replace(config, push_to_hub=True))
+    assert sorted(uploaded) == ["README.md", "adapter.safetensors", "metrics.jsonl"]
 
 
 def test_accelerate_launch(config: TrainingConfig) -> None:

@@ -11,6 +11,7 @@ import yaml
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import config_from_mapping
+from svft_diffusion.training.checks import check_nothing_is_overwritten
 from svft_diffusion.training.config import TrainingConfig
 
 _DESCRIPTION = """\
@@ -30,6 +31,8 @@ def run(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     settings = read_settings(options.config) if options.config else {}
     config = config_from_mapping(TrainingConfig, settings | given_settings(TrainingConfig, options))
+
+    check_nothing_is_overwritten(config)
 
     from accelerate import PartialState
 

@@ -86,7 +86,8 @@ def load_pipeline(
                 local_files_only=local_files_only,
                 use_safetensors=True,
             )
-    except (OSError, ValueError) as error:
+    # The last ones come from an index that is no pipeline's.
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(_why_not_loaded(base_display_name(name), error)) from error
 
 

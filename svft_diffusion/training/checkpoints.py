@@ -91,7 +91,8 @@ def save_checkpoint(
     _flush_to_disk(output_dir)
     # Only now: until here the older ones were all there was.
     if limit is not None:
-        for old in existing_checkpoints(output_dir)[:-limit]:
+        # Those of later steps are of a run before this one went back; it will write over them.
+        for old in [path for path in existing_checkpoints(output_dir) if step_of(path) <= step][:-limit]:
             shutil.rmtree(old)
     return checkpoint
 

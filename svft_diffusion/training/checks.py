@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from svft_diffusion.data.photos import scan_photos
 from svft_diffusion.errors import UserError
 from svft_diffusion.models import resolve_base
 from svft_diffusion.settings import settings_of
-from svft_diffusion.training.checkpoints import checkpoint_named, existing_checkpoints
+from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
+from svft_diffusion.training.checkpoints import ADAPTER_FILE, checkpoint_named, existing_checkpoints
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.metrics import METRICS_FILE
 
 _AT_LEAST_ONE = (
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "resolution",
@@ -25,7 +27,12 @@ _AT_LEAST_ONE = (
     "lr_num_cycles",
 )  # fmt: skip
 _ABOVE_ZERO = ("learning_rate", "text_encoder_lr", "adam_epsilon", "max_grad_norm")
-_AT_LEAST_ZERO = ("lr_warmup_steps", "prior_loss_weight", "adam_weight_decay", "dataloader_num_workers", "seed")
+_AT_LEAST_ZERO = (
+    "lr_warmup_steps", "lr_power", "prior_loss_weight", "prior_generation_guidance_scale", "adam_weight_decay",
+    "dataloader_num_workers", "seed",
+)  # fmt: skip
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+_SEED_LIMIT = 2**62  # picture i has seed + i, and torch takes 63 bits
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ def check(config: TrainingConfig) -> Inputs:
         given = given_class_pictures(config.class_data_dir)
         if given.photos:
             notes.append(f"class images: {len(given.photos)} of unknown origin found in {config.class_data_dir}")
+        if given.skipped:
+            notes.append(f"in the class folder, {given.report()}")
     return Inputs(instance_pictures, class_prompts, notes, _check_output(config))
 
 
@@ -99,16 +108,26 @@ def _check_numbers(config: TrainingConfig) -> None:
             raise UserError(f"--{name} must be above 0, got {value}")
         if value < 0:
             raise UserError(f"--{name} must be 0 or more, got {value}")
+    for name in _BELOW_ONE:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, got {value}")
+    if config.seed >= _SEED_LIMIT:
+        raise UserError(f"--seed must be below {_SEED_LIMIT}, got {config.seed}")
+    if config.resolution is not None and config.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8, got {config.resolution}")
 
 
 def _check_prior(config: TrainingConfig) -> None:
     if config.with_prior_preservation:
         if config.class_data_dir is None:
             raise UserError("--with_prior_preservation needs --class_data_dir, a folder for the class pictures")
-        if not config.class_prompt and config.class_prompts_file is None:
+        if not (config.class_prompt or "").strip() and config.class_prompts_file is None:
             raise UserError("--with_prior_preservation needs --class_prompt (or --class_prompts_file)")
         if config.class_data_dir.exists() and not config.class_data_dir.is_dir():
             raise UserError(f"--class_data_dir {config.class_data_dir} is no folder")
+        if config.class_data_dir.resolve() == config.output_dir.resolve():
+            raise UserError("--class_data_dir is the folder of --output_dir, so that pictures would mix; use another")
         return
     for name in ("class_data_dir", "class_prompts_file"):
         if getattr(config, name) is not None:
@@ -153,6 +172,22 @@ def _class_prompts(config: TrainingConfig) -> list[str]:
     return [config.class_prompt]
 
 
+def check_nothing_is_overwritten(config: TrainingConfig) -> None:
+    """Refuse a new run over the result of an earlier one, or over files that no run wrote.
+
+    Raises:
+        UserError: ``output_dir`` holds such a file.
+    """
+    if config.resume_from_checkpoint is not None or existing_checkpoints(config.output_dir):
+        return  # what `check` decides
+    names = [ADAPTER_FILE, CARD_FILE]
+    if not (config.output_dir / METRICS_FILE).exists():  # else it is that of a run that ended early
+        names.append(CONFIG_FILE)
+    for name in names:
+        if (config.output_dir / name).exists():
+            raise UserError(f"{config.output_dir / name} is there already; choose another --output_dir or move it away")
+
+
 def _check_output(config: TrainingConfig) -> Path | None:
     """The checkpoint to go on from, after making sure that the run may write where it wants to."""
     check_writable(config.output_dir)
@@ -179,5 +214,8 @@ def check_writable(folder: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"can't write to {folder}: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"can't write to {folder}: no permission in {existing}")
+    try:
+        # Permission bits say nothing of read-only and special file systems, and nothing at all to root.
+        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing).cleanup()
+    except OSError as problem:
+        raise UserError(f"can't write to {folder}: {problem.strerror or problem}") from problem

@@ -30,7 +30,7 @@ _SPEED = "speed and memory"
 class TrainingConfig:
     """What to train on which pictures. Names and meanings follow the DreamBooth LoRA example of diffusers.
 
-    `svft_diffusion.training.checks.check_config` says whether the settings fit together.
+    `svft_diffusion.training.checks.check_settings` says whether the settings fit together.
     """
 
     pretrained_model_name_or_path: str = setting(

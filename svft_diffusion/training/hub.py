@@ -6,11 +6,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.training.card import CONFIG_FILE
 from svft_diffusion.training.config import TrainingConfig
 
 
 def push_to_hub(config: TrainingConfig) -> str:
-    """Upload the output folder, checkpoints and curves left out, and return the repository's name.
+    """Upload adapter, card, samples and metrics, and return the repository's name.
 
     Raises:
         UserError: not logged in, or the Hub refuses.
@@ -23,7 +24,8 @@ def push_to_hub(config: TrainingConfig) -> str:
             repo_id=repository,
             folder_path=config.output_dir,
             commit_message="Adapter",
-            ignore_patterns=["checkpoint-*", ".*", f"{config.logging_dir.as_posix()}/*"],
+            # config.yaml names folders of this machine; the card has the settings that matter to others.
+            ignore_patterns=["checkpoint-*", ".*", CONFIG_FILE, f"{config.logging_dir.as_posix()}/*"],
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as problem:
         reason = str(problem).strip().splitlines()[0]

@@ -20,8 +20,12 @@ _SETTINGS_IN_FILE = (
     "text_encoder_lr", "lr_scheduler", "timestep_sampling", "train_text_encoder", "with_prior_preservation",
     "prior_loss_weight", "mixed_precision", "seed",
 )  # fmt: skip
-# A checkpoint can only be gone on from with the same of these.
-_SETTINGS_OF_CHECKPOINT = ("method", "pattern", "off_diagonals", "rank", "targets", "train_text_encoder", "seed")
+# A checkpoint can only be gone on from with the same of these. The optimizer's state brings its settings with it, so
+# that new ones would have no effect.
+_SETTINGS_OF_CHECKPOINT = (
+    "method", "pattern", "off_diagonals", "rank", "targets", "train_text_encoder", "seed", "learning_rate",
+    "text_encoder_lr", "scale_lr", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+)  # fmt: skip
 
 
 def save_result(run: Run, path: Path) -> None:

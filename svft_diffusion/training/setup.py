@@ -166,18 +166,11 @@ def load_base(config: TrainingConfig, dtype: torch.dtype) -> DiffusionPipeline:
 def resolve_defaults(
     config: TrainingConfig, pipeline: DiffusionPipeline, number_of_photos: int, accelerator: Accelerator
 ) -> TrainingConfig:
-    """The settings with everything filled in that depends on the base model, the photos or the processes.
-
-    Raises:
-        UserError: the resolution doesn't fit the base model.
-    """
-    resolution = config.resolution or default_resolution(pipeline)
-    if resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8, got {resolution}")
+    """The settings with everything filled in that depends on the base model, the photos or the processes."""
     learning_rate = config.learning_rate or default_learning_rate(config.method, config.pattern)
     return dataclasses.replace(
         config,
-        resolution=resolution,
+        resolution=config.resolution or default_resolution(pipeline),
         off_diagonals=config.resolved_off_diagonals,
         max_train_steps=config.steps(number_of_photos, accelerator.num_processes),
         learning_rate=learning_rate,
