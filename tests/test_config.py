@@ -18,7 +18,7 @@ from svft_diffusion.settings import config_from_mapping
 from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checks import check, check_settings
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.learning_rates import LEARNING_RATES
+from svft_diffusion.training.learning_rates import LEARNING_RATES, default_learning_rate
 
 # Flags of diffusers' train_dreambooth_lora.py that mean the same here.
 FAMILIAR_FLAGS = """
@@ -58,6 +58,12 @@ def test_familiar_flags_exist() -> None:
 def test_every_method_and_pattern_has_a_learning_rate() -> None:
     combinations = {(name, pattern) for name, method in METHODS.items() for pattern in method.patterns}  # type: ignore[attr-defined]
     assert combinations == LEARNING_RATES.keys()
+
+
+def test_the_embedded_model_has_learning_rates_of_its_own() -> None:
+    embedded = default_learning_rate("svft", "banded", "toybox")
+    full_size = default_learning_rate("svft", "banded", "someone/stable-diffusion")
+    assert embedded == LEARNING_RATES["svft", "banded"].embedded > 10 * full_size
 
 
 def test_command_line_wins_over_file(tmp_path: Path) -> None:

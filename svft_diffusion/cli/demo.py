@@ -36,7 +36,7 @@ TOY_TRAINING: dict[str, Any] = {
     "timestep_sampling": "focused",
     "train_batch_size": 5,
     "max_train_steps": 300,
-    "learning_rate": 2e-2,
+    "learning_rate": 5e-2,
     "lr_scheduler": "linear",
     "lr_warmup_steps": 20,
     "adam_weight_decay": 0.0,

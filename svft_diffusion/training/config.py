@@ -114,7 +114,7 @@ class TrainingConfig:
     seed: int = setting(0, "seed of everything random; equal settings give an equal file", group=_TRAINING)
 
     learning_rate: float | None = setting(
-        None, "initial learning rate (default: from the table for method and pattern)", group=_OPTIMIZER
+        None, "initial learning rate (default: from the table for method, pattern and base)", group=_OPTIMIZER
     )
     text_encoder_lr: float | None = setting(
         None, "learning rate in the text encoder (default: as --learning_rate)", group=_OPTIMIZER

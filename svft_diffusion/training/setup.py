@@ -167,7 +167,9 @@ def resolve_defaults(
     config: TrainingConfig, pipeline: DiffusionPipeline, number_of_photos: int, accelerator: Accelerator
 ) -> TrainingConfig:
     """The settings with everything filled in that depends on the base model, the photos or the processes."""
-    learning_rate = config.learning_rate or default_learning_rate(config.method, config.pattern)
+    learning_rate = config.learning_rate or default_learning_rate(
+        config.method, config.pattern, config.pretrained_model_name_or_path
+    )
     return dataclasses.replace(
         config,
         resolution=config.resolution or default_resolution(pipeline),
