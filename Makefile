@@ -5,7 +5,7 @@ VENV := .venv
 # Windows puts a virtual environment's programs elsewhere.
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := $(VENV)/.ready
-# One small model is faster on one thread per core than on all of them; set THREADS to change it.
+# The embedded model is too small to gain from more threads, and equal pictures need an equal number of them.
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
