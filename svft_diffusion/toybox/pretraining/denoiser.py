@@ -41,11 +41,11 @@ NOISE_SCHEDULE = {
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """Settings of one leg of training; the defaults are those of the shipped weights."""
+    """Settings of one leg of training; docs/toybox.md tells which legs made the shipped weights."""
 
     minutes: float = 60.0  # a leg ends here, with its state saved
     batch_size: int = 12  # per process; small batches, because early on steps matter more than samples
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-4
     warmup_steps: int = 100
     decay_steps: int = 0  # > 0: this leg is the last one, the rate falls to zero over so many steps
     caption_dropout: float = 0.1  # so that classifier-free guidance has an unconditional branch
