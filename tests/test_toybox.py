@@ -125,6 +125,12 @@ def test_the_embedded_weights_are_small_and_load_with_plain_diffusers(pipeline: 
     assert not list(WEIGHTS_FOLDER.rglob("*.bin"))
 
 
+def test_the_embedded_model_draws_without_a_word_on_precision() -> None:
+    plain = DiffusionPipeline.from_pretrained(WEIGHTS_FOLDER)
+    assert {plain.unet.dtype, plain.text_encoder.dtype, plain.vae.dtype} == {torch.float32}
+    assert plain("a photo of a robot", num_inference_steps=1).images[0].size == (64, 64)
+
+
 def test_readers_are_right_on_held_out_renders_through_the_autoencoder(pipeline: DiffusionPipeline) -> None:
     report = reader_accuracy(pipeline.vae, count=300)
     for attribute in ("scene", "class", "colour"):

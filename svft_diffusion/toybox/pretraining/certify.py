@@ -37,6 +37,11 @@ def export_pipeline(model: ConditionalDenoiser, vae: AutoencoderKL, folder: Path
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    # transformers loads in the precision that a config names, diffusers in float32: without this, a pipeline that is
+    # loaded without a dtype would mix the two and fail at its first picture.
+    config = folder / "text_encoder" / "config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
 
 
 @dataclass(frozen=True)
