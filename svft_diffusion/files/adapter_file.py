@@ -11,13 +11,10 @@ machine that wrote it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import struct
-import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +29,7 @@ from torch import Tensor
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.names import split_canonical_name
+from svft_diffusion.files.whole_files import replace_when_whole
 
 FORMAT_VERSION = 0
 METADATA_KEY = "svft_diffusion"
@@ -111,15 +109,8 @@ def write_adapter(file: str | Path, header: AdapterHeader, tensors: Mapping[str,
     fields = _without_folders(dataclasses.asdict(header))
     metadata = {METADATA_KEY: json.dumps(fields, sort_keys=True, ensure_ascii=True, allow_nan=False)}
     content = save(values, metadata)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_when_whole(file) as unfinished:
         unfinished.write_bytes(content)
-        os.replace(unfinished, file)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UserError(f"can't write {file}: {problem.strerror or problem}") from problem
     return file
 
 

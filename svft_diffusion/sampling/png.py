@@ -6,10 +6,7 @@ Two text chunks: ``parameters``, the lines that web interfaces for Stable Diffus
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.files.whole_files import replace_when_whole
 
 JSON_CHUNK = "svft_diffusion"
 PARAMETERS_CHUNK = "parameters"
@@ -37,15 +35,8 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) 
         # A lone surrogate, which no text chunk can hold, becomes a question mark here and survives in the JSON.
         chunks.add_text(PARAMETERS_CHUNK, parameters_text(settings).encode("utf-8", "replace").decode("utf-8"))
     chunks.add_text(JSON_CHUNK, json.dumps(dict(settings), sort_keys=True, ensure_ascii=True, allow_nan=False))
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_when_whole(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=chunks)
-        os.replace(unfinished, path)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UserError(f"can't write {path}: {problem.strerror or problem}") from problem
     return path
 
 

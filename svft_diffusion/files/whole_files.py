@@ -1,0 +1,30 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from svft_diffusion.errors import UserError
+
+
+@contextlib.contextmanager
+def replace_when_whole(file: Path) -> Iterator[Path]:
+    """The path of a temporary file that takes the place of ``file`` when the block ends without an error.
+
+    Raises:
+        UserError: the file can't be written; an older one is as it was.
+    """
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, file)
+    except OSError as problem:
+        raise UserError(f"can't write {file}: {problem.strerror or problem}") from problem
+    finally:
+        with contextlib.suppress(OSError):  # gone already when all went well
+            unfinished.unlink()
