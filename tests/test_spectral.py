@@ -1,4 +1,4 @@
-"""The formulas against their explicit, dense forms."""
+"""Core matrices against their dense forms."""
 
 from __future__ import annotations
 
@@ -10,190 +10,194 @@ import torch
 from torch import Tensor
 
 from svft_diffusion.spectral import (
-    SingularFactors,
+    Core,
     apply_core,
     banded_core,
     banded_positions,
-    canonical_signs,
     core_matrix,
     core_update,
-    decompose,
+    diagonal_core,
+    embed_core,
+    fold_into_left,
+    fold_into_right,
     number_of_banded_positions,
-    spectral_shift,
+    scaled_core,
+    stack_cores,
     sum_of_cores,
-    svdiff_update,
-    svft_update,
+    transposed_core,
 )
 
-SHAPES = [(7, 12), (12, 7), (9, 9), (1, 5), (5, 1)]
+RANK = 6
+KINDS = ["diagonal", "band", "wide band", "dense"]
 
 
-def random_matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def banded_values(rank: int, off_diagonals: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return random_matrix(number_of_banded_positions(rank, off_diagonals), seed=3, dtype=dtype)
+def band(off_diagonals: int, rank: int = RANK, seed: int = 3) -> Core:
+    return banded_core(random_matrix(number_of_banded_positions(rank, off_diagonals), seed=seed), rank, off_diagonals)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_factors_rebuild_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = random_matrix(*shape).to(dtype)
-    U, S, Vh = decompose(weight)
-    k = min(shape)
-    assert (U.shape, S.shape, Vh.shape) == ((shape[0], k), (k,), (k, shape[1]))
-    assert U.dtype == S.dtype == Vh.dtype == torch.float32
-    torch.testing.assert_close((U * S) @ Vh, weight.float(), rtol=0, atol=5e-6)
-    torch.testing.assert_close(U.T @ U, torch.eye(k), rtol=0, atol=1e-6)
-    torch.testing.assert_close(Vh @ Vh.T, torch.eye(k), rtol=0, atol=1e-6)
-    assert (S.diff() <= 0).all()
+def core_of(kind: str, seed: int = 3) -> Core:
+    if kind == "dense":
+        return Core(random_matrix(RANK, RANK, seed=seed), dense=True)
+    return band({"diagonal": 0, "band": 2, "wide band": RANK - 1}[kind], seed=seed)
 
 
-def test_factors_do_not_depend_on_the_number_of_threads() -> None:
-    weight = random_matrix(96, 160)
-    one = decompose(weight)
-    torch.set_num_threads(2)
-    try:
-        two = decompose(weight)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(first, second) for first, second in zip(one, two, strict=True))
+def batch_of(kind: str) -> Core:
+    return stack_cores([core_of(kind, seed) for seed in (3, 4, 5)])
 
 
-def test_largest_entry_of_every_left_vector_is_positive() -> None:
-    U = decompose(random_matrix(11, 20)).U
-    deciding = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
-    assert (deciding > 0).all()
-
-
-def test_canonical_signs_undo_any_flip_and_rounding_does_not_decide_ties() -> None:
-    U = decompose(random_matrix(20, 11)).U
-    flips = torch.tensor([1.0, -1.0] * 5 + [-1.0])
-    assert torch.equal(canonical_signs(U * flips) * flips, canonical_signs(U))
-    tie = torch.tensor([[0.1], [-0.7], [0.7]])
-    nudged = tie + torch.tensor([[0.0], [0.0], [1e-6]])
-    assert canonical_signs(tie).item() == canonical_signs(nudged).item() == -1.0
-
-
-@pytest.mark.parametrize("bad", [torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf")]])])
-def test_weights_that_are_not_finite_are_refused(bad: Tensor) -> None:
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        decompose(bad)
-
-
-def test_only_matrices_with_values_are_decomposed() -> None:
-    with pytest.raises(ValueError, match="matrix"):
-        decompose(torch.zeros(2, 3, 4))
-    with pytest.raises(ValueError, match="meta"):
-        decompose(torch.zeros(2, 3, device="meta"))
-
-
-@pytest.mark.parametrize(("n", "off_diagonals"), [(1, 0), (5, 0), (5, 1), (5, 4), (8, 3)])
-def test_banded_positions_are_the_band_row_by_row(n: int, off_diagonals: int) -> None:
-    expected = [(i, j) for i in range(n) for j in range(n) if abs(i - j) <= off_diagonals]
-    rows, columns = banded_positions(n, off_diagonals)
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
-    assert number_of_banded_positions(n, off_diagonals) == len(expected)
-
-
-@pytest.mark.parametrize("off_diagonals", [-1, 4, 9])
-def test_a_band_wider_than_the_matrix_is_refused(off_diagonals: int) -> None:
-    with pytest.raises(ValueError, match="off_diagonals"):
-        banded_positions(4, off_diagonals)
-
-
-@pytest.mark.parametrize("off_diagonals", [0, 1, 3])
+@pytest.mark.parametrize("off_diagonals", [0, 1, 3, 5])
 def test_core_holds_the_values_at_their_positions(off_diagonals: int) -> None:
-    values = banded_values(6, off_diagonals)
-    matrix = torch.zeros(6, 6)
-    matrix[banded_positions(6, off_diagonals)] = values
-    assert torch.equal(core_matrix(banded_core(values, 6, off_diagonals)), matrix)
+    values = random_matrix(number_of_banded_positions(RANK, off_diagonals))
+    matrix = torch.zeros(RANK, RANK, dtype=torch.float64)
+    matrix[banded_positions(RANK, off_diagonals)] = values
+    core = banded_core(values, RANK, off_diagonals)
+    assert torch.equal(core_matrix(core), matrix)
+    assert (core.rank, core.off_diagonals, core.dense, core.batched) == (RANK, off_diagonals, False, False)
+
+
+def test_a_diagonal_core_of_a_batch() -> None:
+    values = random_matrix(3, RANK)
+    core = diagonal_core(values)
+    assert core.batched
+    assert torch.equal(core_matrix(core), torch.diag_embed(values))
+
+
+def test_a_dense_core_has_no_number_of_off_diagonals() -> None:
+    with pytest.raises(ValueError, match="dense"):
+        _ = core_of("dense").off_diagonals
 
 
 def test_a_core_made_in_inference_mode_first_can_train_afterwards() -> None:
+    count = number_of_banded_positions(13, 3)
     with torch.inference_mode():
-        banded_core(banded_values(13, 3), 13, 3)
-    values = banded_values(13, 3).requires_grad_()
-    banded_core(values, 13, 3).sum().backward()
-    assert torch.equal(values.grad, torch.ones_like(values))
+        banded_core(torch.ones(count), 13, 3)
+    values = torch.ones(count, requires_grad=True)
+    banded_core(values, 13, 3).entries.sum().backward()
+    assert torch.equal(values.grad, torch.ones(count))
 
 
-@pytest.mark.parametrize("off_diagonals", [0, 1, 3])
-def test_apply_core_is_a_product_with_the_dense_matrix(off_diagonals: int) -> None:
-    core = banded_core(banded_values(6, off_diagonals), 6, off_diagonals)
-    z = random_matrix(2, 5, 6)
-    torch.testing.assert_close(apply_core(z, core), z @ core_matrix(core).T)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_function_of_a_core_is_a_product_with_its_dense_matrix(kind: str) -> None:
+    core = core_of(kind)
+    M = core_matrix(core)
+    z = random_matrix(2, 5, RANK)
+    torch.testing.assert_close(apply_core(z, core), z @ M.T)
+    torch.testing.assert_close(core_matrix(transposed_core(core)), M.T)
+    torch.testing.assert_close(core_matrix(scaled_core(core, -0.5)), -0.5 * M)
+    for m, n in ((9, 5), (5, 9)):
+        U, Vh = random_matrix(m, RANK), random_matrix(RANK, n)
+        torch.testing.assert_close(fold_into_left(U, core), U @ M)
+        torch.testing.assert_close(fold_into_right(core, Vh), M @ Vh)
+        torch.testing.assert_close(core_update(U, core, Vh), U @ M @ Vh)
 
 
-def test_apply_core_keeps_small_entries_in_16_bit() -> None:
-    core = torch.full((4, 3), 1e-9)
-    assert apply_core(torch.ones(1, 4, dtype=torch.float16), core).dtype == torch.float32
-    assert (apply_core(torch.ones(1, 4, dtype=torch.float16), core) > 0).all()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("middle", [(), (4,), (4, 2)])
+def test_a_batch_of_cores_gives_each_sample_its_own(kind: str, middle: tuple[int, ...]) -> None:
+    batch = batch_of(kind)
+    z, U, Vh = random_matrix(3, *middle, RANK), random_matrix(9, RANK), random_matrix(RANK, 5)
+    applied = apply_core(z, batch)
+    assert applied.shape == z.shape
+    for sample, seed in enumerate((3, 4, 5)):
+        M = core_matrix(core_of(kind, seed))
+        torch.testing.assert_close(applied[sample], z[sample] @ M.T)
+        torch.testing.assert_close(core_matrix(batch)[sample], M)
+        torch.testing.assert_close(fold_into_left(U, batch)[sample], U @ M)
+        torch.testing.assert_close(fold_into_right(batch, Vh)[sample], M @ Vh)
+        torch.testing.assert_close(core_update(U, batch, Vh)[sample], U @ M @ Vh)
+        torch.testing.assert_close(core_matrix(transposed_core(batch))[sample], M.T)
 
 
-def test_sum_of_cores_adds_matrices_of_different_rank_and_width() -> None:
-    cores = [banded_core(banded_values(rank, d), rank, d) for rank, d in ((6, 0), (4, 2), (5, 1))]
-    expected = torch.zeros(6, 6)
-    for core in cores:
-        rank = core.shape[0]
-        expected[:rank, :rank] += core_matrix(core)
-    torch.testing.assert_close(core_matrix(sum_of_cores(cores)), expected)
+def test_a_strength_for_each_sample_makes_a_batch() -> None:
+    core, strengths = core_of("band"), torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    assert torch.equal(core_matrix(scaled_core(core, strengths)), strengths[:, None, None] * core_matrix(core))
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-@pytest.mark.parametrize("off_diagonals", [0, 2])
-@pytest.mark.parametrize("rank", [None, 4])
-def test_svft_update_is_the_sum_over_the_pattern(shape: tuple[int, int], off_diagonals: int, rank: int | None) -> None:
-    factors = decompose(random_matrix(*shape))
-    kept = rank or min(shape)
-    values = banded_values(kept, off_diagonals)
-    expected = torch.zeros(shape)
-    for value, i, j in zip(values, *banded_positions(kept, off_diagonals), strict=True):
-        expected += value * torch.outer(factors.U[:, i], factors.Vh[j])
-    torch.testing.assert_close(svft_update(factors, values, off_diagonals, rank), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("kind", ["band", "dense"])
+def test_small_entries_survive_16_bit_activations_and_autocast(kind: str) -> None:
+    entries = torch.full((4, 3), 1e-9) if kind == "band" else torch.full((4, 4), 1e-9)
+    core = Core(entries, dense=kind == "dense")
+    z = torch.ones(1, 4, dtype=torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        for result in (apply_core(z, core), fold_into_left(z, core), core_update(z, core, torch.eye(4).half())):
+            assert result.dtype == torch.float32
+            assert (result > 0).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_svdiff_update_is_equation_2(shape: tuple[int, int]) -> None:
-    weight = random_matrix(*shape, dtype=torch.float64)
-    U, S, Vh = decompose(weight)
-    delta = 3 * random_matrix(min(shape), seed=4)  # some singular values hit the relu
-    shifted = (U * torch.relu(S + 0.7 * delta)) @ Vh
-    assert (torch.relu(S + 0.7 * delta) == 0).any()
-    torch.testing.assert_close(
-        weight.float() + svdiff_update(SingularFactors(U, S, Vh), delta, 0.7), shifted, rtol=1e-5, atol=1e-5
-    )
+@pytest.mark.parametrize(("kinds", "dense"), [(["diagonal", "wide band", "band"], False), (["band", "dense"], True)])
+def test_sum_of_cores_adds_matrices(kinds: list[str], dense: bool) -> None:
+    cores = [core_of(kind, seed) for seed, kind in enumerate(kinds)]
+    total = sum_of_cores(cores)
+    assert total.dense == dense
+    torch.testing.assert_close(core_matrix(total), sum(core_matrix(core) for core in cores))
 
 
-def test_shifts_of_several_adapters_add_up_inside_the_relu() -> None:
-    sigma = torch.tensor([3.0, 2.0, 1.0])
-    deltas = [torch.tensor([1.0, -3.0, -0.5]), torch.tensor([0.5, 4.0])]
-    expected = torch.relu(sigma + 0.5 * deltas[0] + 2.0 * torch.tensor([0.5, 4.0, 0.0])) - sigma
-    torch.testing.assert_close(spectral_shift(sigma, deltas, [0.5, 2.0]), expected)
+def test_a_sum_with_a_batch_adds_to_every_sample() -> None:
+    batch, one = batch_of("diagonal"), core_of("band")
+    torch.testing.assert_close(core_matrix(sum_of_cores([batch, one])), core_matrix(batch) + core_matrix(one))
 
 
-def test_zero_shift_is_exactly_zero_and_a_small_one_is_not_rounded_away() -> None:
-    sigma = torch.tensor([20.0, 1e-8, 0.0])
-    assert torch.equal(spectral_shift(sigma, [torch.zeros(3)], [1.0]), torch.zeros(3))
-    small = torch.tensor([1e-8, 1e-8, 1e-8])
-    assert torch.equal(spectral_shift(sigma, [small], [1.0]), small)
+def test_only_cores_of_one_rank_are_added_or_stacked() -> None:
+    for combine in (sum_of_cores, stack_cores):
+        with pytest.raises(ValueError, match=r"ranks \[5, 6\]"):
+            combine([band(0, rank=6), band(0, rank=5)])
 
 
-@pytest.mark.parametrize("off_diagonals", [0, 2])
-def test_gradient_of_the_banded_path(off_diagonals: int) -> None:
-    values = banded_values(5, off_diagonals, torch.float64).requires_grad_()
-    z = random_matrix(3, 5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, x: apply_core(x, banded_core(v, 5, off_diagonals)), (values, z))
-    U, Vh = random_matrix(6, 5, dtype=torch.float64), random_matrix(5, 8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda v: core_update(U, banded_core(v, 5, off_diagonals), Vh), (values,))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("triplets", [slice(0, 6), slice(3, 9), slice(4, None), torch.tensor([0, 2, 3, 4, 8, 9])])
+def test_an_embedded_core_is_the_core_at_its_triplets_and_zero_elsewhere(kind: str, triplets: slice | Tensor) -> None:
+    places = torch.arange(10)[triplets]
+    expected = torch.zeros(3, 10, 10, dtype=torch.float64)
+    expected[:, places[:, None], places] = core_matrix(batch_of(kind))
+    embedded = embed_core(core_of(kind), triplets, 10)
+    assert torch.equal(core_matrix(embedded), expected[0])
+    assert torch.equal(core_matrix(embed_core(batch_of(kind), triplets, 10)), expected)
+    assert embedded.dense == (kind == "dense" or (isinstance(triplets, Tensor) and kind != "diagonal"))
 
 
-def test_gradient_of_the_shift() -> None:
-    sigma = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
-    delta = torch.tensor([0.3, -5.0, 0.2], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda d: spectral_shift(sigma, [d], [0.5]), (delta,))
+@pytest.mark.parametrize("triplets", [slice(0, 5), slice(0, 12, 2), slice(7, 20), torch.arange(5)])
+def test_a_core_is_embedded_only_where_it_fits(triplets: slice | Tensor) -> None:
+    with pytest.raises(ValueError, match="rank 6 does not fit"):
+        embed_core(core_of("band"), triplets, 10)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradients_of_all_that_a_core_goes_through(dense: bool) -> None:
+    entries = random_matrix(4, 4 if dense else 3)
+    if not dense:
+        entries[0, 0] = entries[-1, -1] = 0
+    U, Vh, z = random_matrix(6, 6), random_matrix(6, 5), random_matrix(3, 6)
+
+    def embedded(entries: Tensor) -> Core:
+        # What lies outside the matrix is no variable.
+        inside = entries if dense else banded_core(entries[banded_mask(4)], 4, 1).entries
+        return sum_of_cores([embed_core(Core(inside, dense), slice(1, 5), 6), diagonal_core(entries.new_ones(6))])
+
+    def banded_mask(rank: int) -> Tensor:
+        mask = torch.ones(rank, 3, dtype=torch.bool)
+        mask[0, 0] = mask[-1, -1] = False
+        return mask
+
+    variables = (entries.requires_grad_(), z.requires_grad_())
+    assert torch.autograd.gradcheck(lambda e, x: apply_core(x, embedded(e)), variables)
+    assert torch.autograd.gradcheck(lambda e: core_update(U, embedded(e), Vh), variables[:1])
+    assert torch.autograd.gradcheck(lambda e: core_update(Vh.T, embedded(e), U.T), variables[:1])
+
+
+def test_a_compiled_core_has_no_graph_breaks() -> None:
+    core, dense, z = batch_of("band"), core_of("dense"), random_matrix(3, 4, RANK)
+
+    def formula(z: Tensor, strength: Tensor) -> Tensor:
+        total = sum_of_cores([scaled_core(core, strength), scaled_core(dense, strength)])
+        return apply_core(z, total) + apply_core(z, scaled_core(core, strength))
+
+    compiled = torch.compile(formula, backend="eager", fullgraph=True)
+    for strength in (torch.tensor(0.5, dtype=torch.float64), torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)[0]):
+        torch.testing.assert_close(compiled(z, strength), formula(z, strength))
 
 
 def test_the_mathematics_needs_nothing_but_torch() -> None:
