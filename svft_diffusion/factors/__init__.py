@@ -1,5 +1,21 @@
-"""Singular factors of weights, decomposed once and kept on disk."""
+"""Singular factors of weights, decomposed once and kept on disk, from the values that a checkpoint holds."""
 
-from svft_diffusion.factors.cache import FactorCache, cached_factors, default_cache_folder
+from svft_diffusion.factors.location import (
+    CACHE_SIZE_VARIABLE,
+    CACHE_VARIABLE,
+    cache_folder,
+    configure_cache,
+    default_cache_folder,
+)
+from svft_diffusion.factors.parallel import cached_factors_of
+from svft_diffusion.factors.stored import stored_weight
 
-__all__ = ["FactorCache", "cached_factors", "default_cache_folder"]
+__all__ = [
+    "CACHE_SIZE_VARIABLE",
+    "CACHE_VARIABLE",
+    "cache_folder",
+    "cached_factors_of",
+    "configure_cache",
+    "default_cache_folder",
+    "stored_weight",
+]

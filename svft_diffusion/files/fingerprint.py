@@ -8,20 +8,20 @@ a pipeline loaded in bfloat16 no longer knows its float16 values. A fingerprint 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.files.checkpoint_folder import weight_files
 from svft_diffusion.files.names import base_module, components_of, module_path, split_canonical_name
 
 if TYPE_CHECKING:
-    from svft_diffusion.files.adapter_file import AdapterHeader
+    from svft_diffusion.files.header import AdapterHeader
 
 _SAMPLES = 64
 _HASH_LENGTH = 32
@@ -63,7 +63,7 @@ def fingerprint_of_folder(folder: str | Path, names: Iterable[str]) -> str | Non
     samples = {}
     try:
         for component, component_names in by_component.items():
-            files = _weight_files(folder / component)
+            files = weight_files(folder / component)
             for name in component_names:
                 sample = _sample_of_file(files, split_canonical_name(name)[1])
                 if sample is None:
@@ -120,23 +120,6 @@ def _sample_of_layer(layer: nn.Module) -> Sample:
     assert isinstance(weight, Tensor)
     positions = torch.tensor(_sampled_positions(weight.numel()), device=weight.device)
     return tuple(weight.shape), weight.detach().reshape(-1)[positions].cpu()
-
-
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file in a component's folder holds which tensor; the full-precision variant comes first."""
-    if not folder.is_dir():
-        raise FileNotFoundError(folder)
-    # `model.safetensors` is shorter than its variant `model.fp16.safetensors`.
-    indexes = sorted(folder.glob("*.safetensors.index*.json"), key=lambda file: (len(file.name), file.name))
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: (len(file.name), file.name))
-    whole = [file for file in files if "-of-" not in file.name]
-    if whole:
-        with safe_open(whole[0], framework="pt") as file:
-            return dict.fromkeys(file.keys(), whole[0])
-    if indexes:
-        weight_map: dict[str, Any] = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
-        return {tensor: folder / str(file) for tensor, file in weight_map.items()}
-    raise FileNotFoundError(f"no safetensors weights in {folder}")
 
 
 def _sample_of_file(files: Mapping[str, Path], canonical_path: str) -> Sample | None:
