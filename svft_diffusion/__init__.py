@@ -8,21 +8,29 @@ from svft_diffusion.version import __version__
 
 if TYPE_CHECKING:
     from svft_diffusion.adapters import (
+        SiVAConfig,
         SVDiffConfig,
         SVFTConfig,
+        VectorFitConfig,
         load_adapter,
+        per_sample_adapters,
         save_adapter,
         set_adapters,
+        swap_adapter,
         unload_adapter,
     )
 
 __all__ = [
     "SVDiffConfig",
     "SVFTConfig",
+    "SiVAConfig",
+    "VectorFitConfig",
     "__version__",
     "load_adapter",
+    "per_sample_adapters",
     "save_adapter",
     "set_adapters",
+    "swap_adapter",
     "unload_adapter",
 ]
 

@@ -19,13 +19,19 @@ from torch import Tensor, nn
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import (
     FORMAT_VERSION,
+    SKETCH,
     AdapterHeader,
     BaseModel,
+    LayerBasis,
+    bases_of,
     check_base,
     fingerprint_of_folder,
     fingerprint_of_pipeline,
+    layer_names,
+    pack_bases,
     read_adapter,
     read_header,
+    split_tensor_name,
     write_adapter,
 )
 from svft_diffusion.files.adapter_file import METADATA_KEY
@@ -37,8 +43,13 @@ HEADER = AdapterHeader(
     off_diagonals=2,
     rank=None,
     targets="attention",
-    components={"unet": 1, "text_encoder": 1},
+    components={"unet": 3, "text_encoder": 1},
     base=BaseModel("toy", fingerprint="float16:00 bfloat16:11"),
+    init="official",
+    seed=-7,
+    train_bias=True,
+    train_norm=False,
+    norm_shift="scalar",
     trigger="sks",
     instance_prompt="a photo of sks dög",
     class_prompt="a photo of a dog",
@@ -46,9 +57,27 @@ HEADER = AdapterHeader(
     training={"learning_rate": 0.05, "steps": 3, "seeds": [1, 2], "resume": None},
     libraries={"torch": "2.0"},
 )
+TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+Q_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+BASES = {
+    TO_Q: LayerBasis(torch.arange(7, dtype=torch.uint8), torch.tensor([1.5, -2e-7, 3e9, 0.0])),
+    Q_PROJ: LayerBasis(torch.zeros(0, dtype=torch.uint8), torch.tensor([0.1, 0.2, 0.3, -0.4])),
+}
 TENSORS = {
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.values": torch.tensor([0.1, -2.0, 3e-9]),
-    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.values": torch.tensor([1.0]),
+    f"{TO_Q}.values": torch.tensor([0.1, -2.0, 3e-9]),
+    f"{TO_Q}.gate": torch.tensor([0.25]),
+    f"{TO_Q}.bias": torch.tensor([0.5, -0.5]),
+    "unet.conv_norm_out.norm": torch.tensor([0.01, 0.02]),
+    "unet.conv_norm_out.bias": torch.tensor([0.03, 0.04]),
+    "unet.conv_out.bias": torch.tensor([0.03, 0.04]),
+    f"{Q_PROJ}.values": torch.tensor([1.0]),
+    SKETCH: pack_bases(BASES),
+}
+LISTED_HEADER = replace(HEADER, pattern="random", components={"unet": 1})
+LISTED = {
+    f"{TO_Q}.values": torch.tensor([0.1, -2.0, 3e-9]),
+    f"{TO_Q}.positions": torch.tensor([0, 3, 70000], dtype=torch.int32),
+    SKETCH: pack_bases({TO_Q: BASES[TO_Q]}),
 }
 LAYERS = [
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -70,7 +99,34 @@ def test_header_and_values_come_back(tmp_path: Path) -> None:
     assert header == HEADER == read_header(file)
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert all(tensors[name].dtype == TENSORS[name].dtype for name in TENSORS)
     assert [entry.name for entry in file.parent.iterdir()] == ["dog.safetensors"]
+
+
+def test_positions_come_back(tmp_path: Path) -> None:
+    _, tensors = read_adapter(write_adapter(tmp_path / "a.safetensors", LISTED_HEADER, LISTED))
+    assert tensors.keys() == LISTED.keys()
+    assert torch.equal(tensors[f"{TO_Q}.positions"], LISTED[f"{TO_Q}.positions"])
+
+
+def test_the_bases_of_all_layers_come_back_from_one_tensor() -> None:
+    found = bases_of(TENSORS)
+    assert found.keys() == BASES.keys()
+    for layer, basis in BASES.items():
+        assert torch.equal(found[layer].sketch, basis.sketch) and found[layer].sketch.dtype == torch.uint8
+        assert torch.equal(found[layer].probes, basis.probes)
+    # What docs/file_format.md says, byte for byte: the text encoder's record comes first.
+    assert bytes(TENSORS[SKETCH].tolist()) == (
+        struct.pack("<I4f", 0, 0.1, 0.2, 0.3, -0.4) + struct.pack("<I7B4f", 7, *range(7), 1.5, -2e-7, 3e9, 0.0)
+    )
+
+
+def test_names_of_tensors() -> None:
+    assert split_tensor_name("unet.a.values.norm") == ("unet.a.values", "norm")
+    assert layer_names(TENSORS) == sorted([TO_Q, "unet.conv_norm_out", "unet.conv_out", Q_PROJ])
+    for name in ("unet.a.weight", "values", "unet.values", "vae.a.values", "unet.a.sketch"):
+        with pytest.raises(UserError):
+            split_tensor_name(name)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
@@ -102,12 +158,13 @@ def test_no_folder_of_this_machine_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path, bad: float) -> None:
-    name = next(iter(TENSORS))
-    with pytest.raises(UserError, match="NaN or infinite"):
-        write_adapter(tmp_path / "a.safetensors", HEADER, {name: torch.tensor([bad])})
-    assert not (tmp_path / "a.safetensors").exists()
-    file = write_adapter(tmp_path / "a.safetensors", HEADER, {name: torch.tensor([1.0])})
-    save_file({name: torch.tensor([bad])}, file, metadata=written_json(file))
+    for part in ("values", "gate"):
+        damaged = {**TENSORS, f"{TO_Q}.{part}": torch.full_like(TENSORS[f"{TO_Q}.{part}"], bad)}
+        with pytest.raises(UserError, match="NaN or infinite"):
+            write_adapter(tmp_path / "a.safetensors", HEADER, damaged)
+        assert not (tmp_path / "a.safetensors").exists()
+    file = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
+    save_file(damaged, file, metadata=written_json(file))
     with pytest.raises(UserError, match="NaN or infinite"):
         read_adapter(file)
 
@@ -126,6 +183,22 @@ def with_tensors(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     def rewrite(file: Path) -> None:
         write_adapter(file, HEADER, TENSORS)
         save_file(tensors, file, metadata=written_json(file))
+
+    return rewrite
+
+
+def with_change(**changes: Tensor | None) -> Callable[[Path], None]:
+    """The good tensors but for some of the first layer's parts, or the sketch; None leaves one out."""
+    renamed = {name if name == SKETCH else f"{TO_Q}.{name}": tensor for name, tensor in changes.items()}
+    return with_tensors({name: t for name, t in {**TENSORS, **renamed}.items() if t is not None})
+
+
+def with_positions(positions: list[int] | Tensor | None) -> Callable[[Path], None]:
+    def rewrite(file: Path) -> None:
+        write_adapter(file, LISTED_HEADER, LISTED)
+        as_tensor = torch.tensor(positions, dtype=torch.int32) if isinstance(positions, list) else positions
+        assert as_tensor is not None
+        save_file({**LISTED, f"{TO_Q}.positions": as_tensor}, file, metadata=written_json(file))
 
     return rewrite
 
@@ -163,7 +236,41 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "damaged header",
     ),
     "base of two lines": (with_metadata(lambda fields: fields["base"].update(name="a\nb")), "damaged header"),
-    "layers missing": (with_tensors(dict([*TENSORS.items()][:1])), "text_encoder: 1 layers, the file holds 0"),
+    "layers missing": (with_tensors(dict([*TENSORS.items()][:6])), "text_encoder: 1 layers, the file holds 0"),
+    "older": (with_metadata(lambda fields: fields.update(format_version=0)), "version 0, .* train it again, or use"),
+    "version is true": (with_metadata(lambda fields: fields.update(format_version=True)), "damaged header"),
+    "seed is text": (with_metadata(lambda fields: fields.update(seed="1")), "damaged header"),
+    "seed beyond 64 bits": (with_metadata(lambda fields: fields.update(seed=2**70)), "damaged header"),
+    "switch is a number": (with_metadata(lambda fields: fields.update(train_bias=2)), "damaged header"),
+    "fraction is infinite": (with_metadata(lambda fields: fields.update(fraction=float("inf"))), "damaged header"),
+    "select is a list": (with_metadata(lambda fields: fields.update(select=["top"])), "damaged header"),
+    "unknown part": (with_change(scale=torch.ones(3)), "unexpected tensor .*names end in .values, .bias"),
+    "empty values": (with_change(values=torch.ones(0)), "one row of float32"),
+    "norm of two dimensions": (with_change(norm=torch.ones(2, 2)), "one row of float32"),
+    "gate in 16 bit": (with_change(gate=torch.ones(1, dtype=torch.float16)), "one row of float32"),
+    "sketch of floats": (with_change(sketch=torch.ones(8)), "'sketch' must be one row of bytes"),
+    "no sketch": (with_change(sketch=None), "is not whole: there is a tensor 'sketch' where"),
+    "a sketch of nothing": (with_change(sketch=torch.zeros(3, dtype=torch.uint8)), "sketch: it ends before the record"),
+    "a sketch cut short": (with_change(sketch=TENSORS[SKETCH][:-1]), "sketch: it ends within the record of layer unet"),
+    "a longer sketch": (
+        with_change(sketch=torch.cat([TENSORS[SKETCH], TENSORS[SKETCH][:2]])),
+        "sketch: it has 2 bytes after",
+    ),
+    "a sketch that claims 4 GB": (
+        with_change(sketch=torch.cat([torch.full((4,), 255, dtype=torch.uint8), TENSORS[SKETCH][4:]])),
+        "sketch: it ends within",
+    ),
+    "probes are NaN": (
+        with_change(sketch=pack_bases({**BASES, TO_Q: LayerBasis(BASES[TO_Q].sketch, torch.full((4,), torch.nan))})),
+        "probes of layer unet.* are not finite",
+    ),
+    "positions of a band": (with_change(positions=torch.arange(3, dtype=torch.int32)), "has no use for positions"),
+    "positions of floats": (with_positions(torch.arange(3.0)), "one row of int32"),
+    "long positions": (with_positions(torch.arange(3)), "one row of int32"),
+    "fewer positions": (with_positions([0, 1]), "3 values at 2 positions"),
+    "double positions": (with_positions([0, 3, 3]), "not ascending and distinct"),
+    "positions out of order": (with_positions([0, 5, 3]), "not ascending and distinct"),
+    "positions below zero": (with_positions([-1, 0, 3]), "not ascending and distinct"),
     "strength is text": (with_metadata(lambda fields: fields.update(suggested_strength="1")), "damaged header"),
     "other tensor": (with_tensors({"unet.conv_in.weight": torch.ones(3)}), "unexpected tensor"),
     "other component": (with_tensors({"vae.decoder.values": torch.ones(3)}), "none of the components"),

@@ -13,7 +13,16 @@ from safetensors.torch import save_file
 from tiny_models import tiny_inputs, tiny_pipeline, tiny_text_encoder, tiny_unet
 
 import svft_diffusion
-from svft_diffusion import SVDiffConfig, SVFTConfig, load_adapter, save_adapter, set_adapters, unload_adapter
+from svft_diffusion import (
+    SiVAConfig,
+    SVDiffConfig,
+    SVFTConfig,
+    VectorFitConfig,
+    load_adapter,
+    save_adapter,
+    set_adapters,
+    unload_adapter,
+)
 from svft_diffusion.adapters import (
     SpectralConfig,
     adapter_state,
@@ -23,7 +32,14 @@ from svft_diffusion.adapters import (
 )
 from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.errors import UserError
-from svft_diffusion.files import AdapterMetadata, read_adapter, read_header, write_adapter
+from svft_diffusion.files import (
+    AdapterMetadata,
+    fingerprint_of_pipeline,
+    layer_names,
+    read_adapter,
+    read_header,
+    write_adapter,
+)
 
 METADATA = AdapterMetadata(base_name="toy", trigger="sks", instance_prompt="a photo of sks dog", training={"steps": 3})
 COMPONENTS = ("unet", "text_encoder")
@@ -32,7 +48,15 @@ CONFIGS = {
     "banded": SVFTConfig(pattern="banded", off_diagonals=2),
     "svdiff": SVDiffConfig(targets="attention"),
     "rank": SVFTConfig(pattern="banded", off_diagonals=1, rank=5, targets="all-linear"),
+    "random": SVFTConfig(pattern="random", off_diagonals=1, seed=3, init="official", targets="attention"),
+    "top_k": SVFTConfig(pattern="top_k", off_diagonals=1, rank=7, targets="cross-attention"),
+    "vectorfit": VectorFitConfig(targets="attention"),
+    "siva": SiVAConfig(fraction=0.4, select="bottom"),
+    "siva random": SiVAConfig(fraction=0.4, select="random", seed=5),
+    "all": SVDiffConfig(targets="all", train_bias=True, norm_shift="scalar"),
 }
+# The text encoder has no cross-attention.
+COMPONENTS_OF = {"top_k": ("unet",)}
 
 
 def picture(pipe: StableDiffusionPipeline, scale: float | None = None) -> np.ndarray:
@@ -61,6 +85,8 @@ def make_adapter(
         for parameter in parameters:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     save_adapter(pipe, "made", file, metadata=METADATA)
+    for parameter in parameters:
+        parameter.requires_grad_(False)  # adapters that train run by other kernels, which round differently
     return picture(pipe)
 
 
@@ -81,30 +107,33 @@ def state_of(pipe: StableDiffusionPipeline) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_saved_adapter_paints_the_same_picture_in_a_fresh_pipeline(tmp_path: Path, kind: str) -> None:
+def test_a_saved_adapter_paints_the_same_picture_in_a_fresh_pipeline(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "dog.safetensors"
-    expected = make_adapter(file, CONFIGS[kind])
+    components = COMPONENTS_OF.get(kind, COMPONENTS)
+    expected = make_adapter(file, CONFIGS[kind], components=components)
     pipe = tiny_pipeline()
     base = picture(pipe)
-    assert load_adapter(pipe, file) == "dog"
+    with caplog.at_level("WARNING"):
+        assert load_adapter(pipe, file) == "dog"
+    assert not caplog.records
     assert np.array_equal(picture(pipe), expected)
     assert np.abs(expected - base).max() > 1e-3
+    assert not any(p.requires_grad for layer in spectral_layers(pipe.unet).values() for p in layer.parameters())
     header = read_header(file)
-    assert header.components == {component: len(spectral_layers(getattr(pipe, component))) for component in COMPONENTS}
+    assert header.components == {component: len(spectral_layers(getattr(pipe, component))) for component in components}
     assert (header.trigger, header.targets, header.training) == ("sks", CONFIGS[kind].targets, {"steps": 3})
-
-
-def test_loading_and_saving_again_gives_the_same_bytes(dog: Path, tmp_path: Path) -> None:
-    pipe = tiny_pipeline()
-    load_adapter(pipe, dog, "anything")
-    assert (
-        save_adapter(pipe, "anything", tmp_path / "again.safetensors", metadata=METADATA).read_bytes()
-        == dog.read_bytes()
+    assert (header.init, header.seed, header.fraction) == tuple(
+        getattr(CONFIGS[kind], field) for field in ("init", "seed", "fraction")
     )
+    again = save_adapter(pipe, "dog", tmp_path / "again.safetensors", metadata=METADATA)
+    assert again.read_bytes() == file.read_bytes()
 
 
 def test_files_spell_names_with_text_model(dog: Path) -> None:
     names = list(read_adapter(dog)[1])
+    names.remove("sketch")
     text = [name for name in names if name.startswith("text_encoder.")]
     assert len(text) == 12 and all(name.startswith("text_encoder.text_model.encoder.layers.") for name in text)
     assert all(name.endswith(".values") for name in names)
@@ -137,7 +166,7 @@ def test_a_second_adapter_joins_the_first(dog: Path, style: Path) -> None:
     set_adapters(pipe, {"dog": 0.6, "style": 1.0})
     assert np.array_equal(picture(pipe), joined)
     pipe.set_adapters(["dog", "style"], [0.6, 1.0])
-    assert np.array_equal(picture(pipe), joined)
+    np.testing.assert_allclose(picture(pipe), joined, atol=1e-5)
 
 
 def test_weights(dog: Path, style: Path) -> None:
@@ -229,7 +258,7 @@ def rewritten(file: Path, **changes: object) -> Path:
 
 def test_a_foreign_method_is_refused(dog: Path) -> None:
     pipe = tiny_pipeline()
-    with pytest.raises(UserError, match="unknown method 'magic'; choose from svft, svdiff"):
+    with pytest.raises(UserError, match="unknown method 'magic'; choose from svft, svdiff, vectorfit, siva"):
         load_adapter(pipe, rewritten(dog, method="magic"))
     assert_untouched(pipe)
 
@@ -246,7 +275,7 @@ def test_values_that_do_not_fit_the_header_are_refused(dog: Path, field: str, va
 def test_layers_that_the_model_lacks_are_refused(dog: Path, layer: str) -> None:
     header, tensors = read_adapter(dog)
     header.components[layer.partition(".")[0]] += 1
-    write_adapter(dog, header, {**tensors, f"{layer}.values": torch.ones(3)})
+    write_adapter(dog, header, {**tensors, f"{layer}.bias": torch.ones(3)})
     pipe = tiny_pipeline()
     with pytest.raises(UserError, match="there is no layer"):
         load_adapter(pipe, dog)
@@ -259,9 +288,10 @@ def test_another_base_is_refused_or_warned_about(dog: Path, caplog: pytest.LogCa
         load_adapter(pipe, dog)
     assert_untouched(pipe)
     with caplog.at_level("WARNING"):
-        assert load_adapter(pipe, dog, on_mismatch="warn") == "dog"
+        assert load_adapter(pipe, dog, on_mismatch="force") == "dog"
     assert "was trained on the base toy" in caplog.text
-    with pytest.raises(UserError, match="choose from error, warn"):
+    assert "the update of dog.safetensors differs from the trained one by 1.4" in caplog.text
+    with pytest.raises(UserError, match="choose from error, align, force"):
         load_adapter(pipe, dog, "other", on_mismatch="ignore")  # type: ignore[arg-type]
 
 
@@ -420,12 +450,9 @@ def test_a_component_without_targets_leaves_all_as_they_were() -> None:
 
 
 def test_values_trained_in_16_bit_are_saved_with_the_fingerprint_of_the_full_base(tmp_path: Path) -> None:
-    from svft_diffusion.files import fingerprint_of_pipeline
-
     pipe = tiny_pipeline()
     add_training_adapter(pipe, SVFTConfig(), "dog")
-    layers = [key.removesuffix(".values") for key in adapter_state(pipe, "dog")]
-    full = fingerprint_of_pipeline(pipe, layers)
+    full = fingerprint_of_pipeline(pipe, layer_names(adapter_state(pipe, "dog")))
     pipe.to(dtype=torch.bfloat16)
     metadata = AdapterMetadata(base_name="toy", base_fingerprint=full)
     file = save_adapter(pipe, "dog", tmp_path / "dog.safetensors", metadata=metadata)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = ("a", "photo", "of", "sks", "dog", "robot", "on", "the", "beach", "red", "style")
 MAX_TOKENS = 12
 TEXT_WIDTH = 24
+POOLED_WIDTH = 32
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -29,38 +32,69 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
+def tiny_text_config(**changes: Any) -> CLIPTextConfig:
     tokenizer = tiny_tokenizer()
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**(values | changes))
+
+
+def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
+    config = tiny_text_config()
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     return CLIPTextModel(config).eval()
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_projecting_text_encoder(seed: int = 0) -> CLIPTextModelWithProjection:
+    """In the layout of the second text encoder of SDXL: wider than the first, with a projection at the end."""
+    config = tiny_text_config(hidden_size=POOLED_WIDTH, projection_dim=POOLED_WIDTH, hidden_act="gelu")
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 24),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 2),
-        norm_num_groups=8,
-        use_linear_projection=True,
-    ).eval()
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """In the layout of Stable Diffusion 2, whose transformers begin and end with a linear layer."""
+    torch.manual_seed(seed)
+    values = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 24),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": (2, 2),
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+    }
+    return UNet2DConditionModel(**(values | changes)).eval()
+
+
+def tiny_unet_sd1(seed: int = 0) -> UNet2DConditionModel:
+    """In the layout of Stable Diffusion 1, whose transformers begin and end with a 1 x 1 convolution."""
+    return tiny_unet(seed, use_linear_projection=False, attention_head_dim=2)
+
+
+def tiny_unet_sdxl(seed: int = 0) -> UNet2DConditionModel:
+    """In the layout of SDXL: two transformer blocks in one place, text of two encoders, size conditions."""
+    return tiny_unet(
+        seed,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=TEXT_WIDTH + POOLED_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * 4,
+    )
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
@@ -101,3 +135,18 @@ def tiny_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         "timestep": torch.tensor([10, 500]),
         "encoder_hidden_states": torch.randn(2, MAX_TOKENS, TEXT_WIDTH, generator=generator).to(dtype),
     }
+
+
+def tiny_sdxl_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Inputs of one call of `tiny_unet_sdxl`."""
+    generator = torch.Generator().manual_seed(8)
+    text = torch.randn(2, MAX_TOKENS, TEXT_WIDTH + POOLED_WIDTH, generator=generator).to(dtype)
+    pooled = torch.randn(2, POOLED_WIDTH, generator=generator).to(dtype)
+    sizes = torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2).to(dtype)
+    conditions = {"text_embeds": pooled, "time_ids": sizes}
+    return tiny_inputs(dtype) | {"encoder_hidden_states": text, "added_cond_kwargs": conditions}
+
+
+def tiny_tokens() -> dict[str, torch.Tensor]:
+    """Inputs of one call of any tiny text encoder or language model, which all know more than 32 tokens."""
+    return {"input_ids": torch.randint(3, 32, (2, MAX_TOKENS), generator=torch.Generator().manual_seed(9))}

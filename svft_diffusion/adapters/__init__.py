@@ -3,17 +3,18 @@
 Importing this package registers the tuner with PEFT.
 """
 
-from svft_diffusion.adapters.config import SpectralConfig, SVDiffConfig, SVFTConfig
+from svft_diffusion.adapters.config import SiVAConfig, SpectralConfig, SVDiffConfig, SVFTConfig, VectorFitConfig
 from svft_diffusion.adapters.registration import register
 from svft_diffusion.adapters.runtime import (
     load_adapter,
     loaded_adapters,
     save_adapter,
-    set_adapters,
+    swap_adapter,
     unload_adapter,
 )
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS
 from svft_diffusion.adapters.training import adapter_state, add_training_adapter, load_adapter_state
+from svft_diffusion.adapters.weights import per_sample_adapters, set_adapters
 
 register()
 
@@ -22,13 +23,17 @@ __all__ = [
     "PRESETS",
     "SVDiffConfig",
     "SVFTConfig",
+    "SiVAConfig",
     "SpectralConfig",
+    "VectorFitConfig",
     "adapter_state",
     "add_training_adapter",
     "load_adapter",
     "load_adapter_state",
     "loaded_adapters",
+    "per_sample_adapters",
     "save_adapter",
     "set_adapters",
+    "swap_adapter",
     "unload_adapter",
 ]

@@ -6,21 +6,38 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from svft_diffusion.adapters.methods import method_named
+from svft_diffusion.adapters.methods import check_options
 from svft_diffusion.adapters.registration import SpectralPeftType
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, check_preset
-from svft_diffusion.errors import UserError
+
+TargetModules = list[str] | set[str] | str | None
 
 
 @dataclass
 class SpectralConfig(PeftConfig):
-    """One configuration for every method in the singular-value space; `SVFTConfig` and `SVDiffConfig` make it.
+    """One configuration for every method in the singular-value space.
+
+    `SVFTConfig`, `SVDiffConfig`, `VectorFitConfig` and `SiVAConfig` make it with the fields that their method has.
 
     Attributes:
-        method: ``svft`` or ``svdiff``.
-        pattern: which entries of the core matrix train: ``plain`` (diagonal) or, for SVFT, ``banded``.
-        off_diagonals: off-diagonals on each side of the diagonal, with the banded pattern.
+        method: ``svft``, ``svdiff``, ``vectorfit`` or ``siva``.
+        pattern: which entries of the core matrix train: ``plain`` (the diagonal) or, for SVFT, ``banded``,
+            ``random`` or ``top_k``.
+        off_diagonals: off-diagonals on each side of the diagonal with the banded pattern; ``random`` and ``top_k``
+            train as many entries as the banded pattern with this number would.
         rank: number of leading singular triplets that train; None for all. The others stay as they are.
+        fraction: SiVA: part of the singular values that train, in (0, 1].
+        select: SiVA: which ones: ``bottom`` (the smallest, the method's premise), ``top``, ``all`` or ``random``.
+        init: values at the start: ``zero`` (the base model exactly), ``random`` (small, from ``seed``), or for SVFT
+            ``official`` (as the authors' code: N(0, 2/|Omega|) behind a trainable gate).
+        seed: seed of random positions, selections and initial values.
+        train_values: whether the core matrix trains.
+        train_bias: whether the existing biases of the adapted layers train.
+        train_norm: whether weights of norm layers train; None: where the targets contain norm layers.
+        norm_shift: ``vector`` (a shift for each entry, as the SVDiff paper) or ``scalar`` (one for each norm layer,
+            as the community's SVDiff code).
+        compress_activations: keep what training saves for the backward pass as 8-bit integers: a quarter of the
+            memory, and about half a percent of noise in the gradients of the values.
         targets: preset of layers; see `svft_diffusion.adapters.targets.PRESETS`.
         target_modules: names or a regular expression of layers as in PEFT, instead of a preset.
 
@@ -32,8 +49,17 @@ class SpectralConfig(PeftConfig):
     pattern: str = "plain"
     off_diagonals: int = 0
     rank: int | None = None
+    fraction: float | None = None
+    select: str | None = None
+    init: str = "zero"
+    seed: int = 0
+    train_values: bool = True
+    train_bias: bool = False
+    train_norm: bool | None = None
+    norm_shift: str = "vector"
+    compress_activations: bool = False
     targets: str = DEFAULT_PRESET
-    target_modules: list[str] | set[str] | str | None = field(default=None)
+    target_modules: TargetModules = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,9 +68,7 @@ class SpectralConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if self.target_modules is None:
             check_preset(self.targets)
-        method_named(self.method).check(self.pattern, self.off_diagonals)
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"rank must be at least 1 (or left out, for all singular values), got {self.rank}")
+        check_options(self)
 
 
 def SVFTConfig(
@@ -52,8 +76,13 @@ def SVFTConfig(
     pattern: str = "plain",
     off_diagonals: int = 0,
     rank: int | None = None,
+    init: str = "zero",
+    seed: int = 0,
+    train_bias: bool = False,
+    train_norm: bool | None = None,
+    compress_activations: bool = False,
     targets: str = DEFAULT_PRESET,
-    target_modules: list[str] | str | None = None,
+    target_modules: TargetModules = None,
 ) -> SpectralConfig:
     """SVFT (arXiv 2405.19597): a sparse core matrix ``M`` in ``W + U M V^T``; see `SpectralConfig`."""
     return SpectralConfig(
@@ -61,6 +90,11 @@ def SVFTConfig(
         pattern=pattern,
         off_diagonals=off_diagonals,
         rank=rank,
+        init=init,
+        seed=seed,
+        train_bias=train_bias,
+        train_norm=train_norm,
+        compress_activations=compress_activations,
         targets=targets,
         target_modules=target_modules,
     )
@@ -69,8 +103,83 @@ def SVFTConfig(
 def SVDiffConfig(
     *,
     rank: int | None = None,
+    init: str = "zero",
+    seed: int = 0,
+    train_bias: bool = False,
+    train_norm: bool | None = None,
+    norm_shift: str = "vector",
+    compress_activations: bool = False,
     targets: str = DEFAULT_PRESET,
-    target_modules: list[str] | str | None = None,
+    target_modules: TargetModules = None,
 ) -> SpectralConfig:
     """SVDiff (arXiv 2303.11305): shifted singular values ``relu(sigma + delta)``; see `SpectralConfig`."""
-    return SpectralConfig(method="svdiff", rank=rank, targets=targets, target_modules=target_modules)
+    return SpectralConfig(
+        method="svdiff",
+        rank=rank,
+        init=init,
+        seed=seed,
+        train_bias=train_bias,
+        train_norm=train_norm,
+        norm_shift=norm_shift,
+        compress_activations=compress_activations,
+        targets=targets,
+        target_modules=target_modules,
+    )
+
+
+def VectorFitConfig(
+    *,
+    rank: int | None = None,
+    init: str = "zero",
+    seed: int = 0,
+    train_values: bool = True,
+    train_bias: bool = True,
+    train_norm: bool | None = None,
+    compress_activations: bool = False,
+    targets: str = DEFAULT_PRESET,
+    target_modules: TargetModules = None,
+) -> SpectralConfig:
+    """VectorFit (arXiv 2503.19530): singular values and existing biases train; see `SpectralConfig`.
+
+    Both train as shifts from the pretrained values, so that weight decay pulls towards the base model. Adaptive
+    Vector Freezing belongs to training: see `svft_diffusion.adapters.freezing`.
+    """
+    return SpectralConfig(
+        method="vectorfit",
+        rank=rank,
+        init=init,
+        seed=seed,
+        train_values=train_values,
+        train_bias=train_bias,
+        train_norm=train_norm,
+        compress_activations=compress_activations,
+        targets=targets,
+        target_modules=target_modules,
+    )
+
+
+def SiVAConfig(
+    *,
+    fraction: float = 0.2,
+    select: str = "bottom",
+    init: str = "zero",
+    seed: int = 0,
+    train_bias: bool = False,
+    train_norm: bool | None = None,
+    compress_activations: bool = False,
+    targets: str = DEFAULT_PRESET,
+    target_modules: TargetModules = None,
+) -> SpectralConfig:
+    """SiVA (OpenReview VpeAsLmcvg): a fraction of the singular values trains; see `SpectralConfig`."""
+    return SpectralConfig(
+        method="siva",
+        fraction=fraction,
+        select=select,
+        init=init,
+        seed=seed,
+        train_bias=train_bias,
+        train_norm=train_norm,
+        compress_activations=compress_activations,
+        targets=targets,
+        target_modules=target_modules,
+    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from svft_diffusion.adapters.config import SpectralConfig
-from svft_diffusion.adapters.layer import SpectralLayer
+from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.registration import PREFIX
 from svft_diffusion.errors import UserError
 
@@ -18,13 +16,13 @@ def spectral_layers(model: nn.Module, adapter: str | None = None) -> dict[str, S
     return {
         path.replace(".base_layer", ""): module
         for path, module in model.named_modules()
-        if isinstance(module, SpectralLayer) and (adapter is None or adapter in module.spectral_values)
+        if isinstance(module, SpectralLayer) and (adapter is None or module.has_adapter(adapter))
     }
 
 
 def adapters_of(model: nn.Module) -> list[str]:
     """Names of the spectral adapters in a model, sorted."""
-    return sorted({name for layer in spectral_layers(model).values() for name in layer.spectral_values})
+    return sorted({name for layer in spectral_layers(model).values() for name in layer.options})
 
 
 def inject(model: nn.Module, config: SpectralConfig, name: str, paths: list[str] | None = None) -> None:
@@ -36,10 +34,7 @@ def inject(model: nn.Module, config: SpectralConfig, name: str, paths: list[str]
     state_dict: dict[str, Tensor] | None = None
     if paths is not None:  # the keys alone tell PEFT which layers; their tensors are not read
         state_dict = dict.fromkeys((f"{path}.{PREFIX}values" for path in paths), Tensor())
-    with warnings.catch_warnings():
-        # Meant for models that somebody wraps twice by mistake; a second adapter is no mistake here.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name, state_dict=state_dict)
+    inject_adapter_in_model(config, model, name, state_dict=state_dict)
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # diffusers and transformers ask for it
 
 
@@ -48,10 +43,10 @@ def remove(model: nn.Module, name: str) -> None:
     for path, module in list(model.named_modules()):
         if not isinstance(module, SpectralLayer):
             continue
-        if name in module.spectral_values:
+        if module.has_adapter(name):
             module.set_adapter([other for other in module.active_adapters if other != name], inference_mode=True)
             module.delete_adapter(name)
-        if len(module.spectral_values) == 0:
+        if not module.options:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     configs = getattr(model, "peft_config", {})

@@ -1,41 +1,53 @@
-"""Adapters on a pipeline: load, blend, unload, save. The command line, the app and users' code call these."""
+"""Adapters on a pipeline: load, swap, unload, save. The command line, the app and users' code call these."""
 
 from __future__ import annotations
 
-import logging
-import math
+import dataclasses
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from svft_diffusion.adapters.alignment import (
+    align_layers,
+    layers_by_name,
+    measured_error,
+    sketch_of_bases,
+    stored_bases,
+)
 from svft_diffusion.adapters.config import SpectralConfig
+from svft_diffusion.adapters.fitting import (
+    LAYOUT_FIELDS,
+    OnMismatch,
+    check_choice,
+    check_fit,
+    check_free,
+    check_layout,
+    difference_of_base,
+    in_16_bit,
+    judge_update,
+    paths_by_component,
+)
 from svft_diffusion.adapters.injection import adapters_of, inject, refuse_fused, remove, spectral_layers
-from svft_diffusion.adapters.methods import method_named
+from svft_diffusion.adapters.joining import joining
+from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.names import usable_adapter_name
 from svft_diffusion.adapters.targets import PRESETS, matching_layers
-from svft_diffusion.adapters.training import adapter_state
-from svft_diffusion.adapters.tuner import layer_options
+from svft_diffusion.adapters.training import adapted_layers, adapter_state, copy_tensors, live_tensors
+from svft_diffusion.adapters.weights import check_loaded
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.adapter_file import (
-    VALUES_SUFFIX,
-    AdapterHeader,
-    AdapterMetadata,
-    BaseModel,
-    library_versions,
-    read_adapter,
-    write_adapter,
-)
-from svft_diffusion.files.fingerprint import check_base, fingerprint_of_pipeline
-from svft_diffusion.files.names import components_of, module_path, split_canonical_name
+from svft_diffusion.files.adapter_file import read_adapter, write_adapter
+from svft_diffusion.files.fingerprint import fingerprint_of_pipeline
+from svft_diffusion.files.header import AdapterHeader, AdapterMetadata, BaseModel, library_versions
+from svft_diffusion.files.names import components_of
+from svft_diffusion.files.tensor_names import SKETCH, layer_names
 
-_logger = logging.getLogger(__name__)
-
-# One weight for the whole adapter, or one for each component.
-AdapterWeight = float | Mapping[str, float]
+# Fields of a header that, beside `LAYOUT_FIELDS`, make a configuration.
+_HISTORY_FIELDS = ("seed", "targets")
 
 
 def load_adapter(
@@ -43,15 +55,27 @@ def load_adapter(
     file: str | os.PathLike[str],
     name: str | None = None,
     *,
-    on_mismatch: Literal["error", "warn"] = "error",
+    on_mismatch: OnMismatch = "error",
 ) -> str:
-    """Load an adapter file into a pipeline; it is active at weight 1 beside those already active.
+    """Load an adapter file into a pipeline; it is active at weight 1 beside those already active, and frozen.
+
+    An adapter's values stand on the singular vectors of the base weights. Those are recomputed here and aligned to
+    the sketch in the file, and then it is measured by how much the adapter's update differs from the trained one,
+    relative to its size. ``on_mismatch`` says what to do when the base or the update is not the same:
+
+    * ``error``: refuse other base weights (by their fingerprint), and an update that is off by more than 0.1 %.
+      In 16 bit, with a checkpoint that can't be reached to read the full values from, rounding alone can exceed
+      that; the base is the right one, so the adapter is loaded and the measured error logged as a warning.
+    * ``align``: accept the same weights in another precision and slightly other weights, such as a fine-tuned
+      copy; the measured error is logged as a warning. Refused is only what leaves nothing of the update: an error
+      of 100 % or more.
+    * ``force``: load the values as they are, without alignment, with a warning on all that differs.
 
     Args:
         pipe: a diffusers pipeline, or a mapping of component names to models.
         file: the adapter's ``.safetensors`` file.
         name: what to call it; the file's name, made fit for a parameter, when left out.
-        on_mismatch: what to do when the adapter was trained on other base weights: refuse, or log and go on.
+        on_mismatch: see above.
 
     Returns:
         The name of the adapter.
@@ -60,32 +84,57 @@ def load_adapter(
         UserError: the file, the pipeline or the name does not fit; the pipeline is as it was.
     """
     file = Path(file)
+    check_choice(on_mismatch)
     header, tensors = read_adapter(file)
     components = components_of(pipe)
     name = usable_adapter_name(file.stem) if name is None else name
-    _check_free(components, name)
-    by_component = _tensors_by_component(file, components, tensors)
-    config = SpectralConfig(
-        method=header.method,
-        pattern=header.pattern,
-        off_diagonals=header.off_diagonals,
-        rank=header.rank,
-        targets=header.targets,
-        target_modules=sorted({path for paths in by_component.values() for path in paths}),
-        inference_mode=True,
-    )
-    for component, values in by_component.items():
+    check_free(components, name)
+    paths = paths_by_component(file, components, layer_names(tensors))
+    configs = {component: _config_of(header, by_path) for component, by_path in paths.items()}
+    for component, by_path in paths.items():
         refuse_fused(components[component], f"load {file.name}")
-        _check_fit(file, component, components[component], config, values)
-    _check_base_weights(pipe, file, header, tensors, on_mismatch)
-    try:
-        for component, values in by_component.items():
-            _inject_values(components[component], config, name, values)
-    except BaseException:
-        for component in by_component:
-            remove(components[component], name)
-        raise
+        check_fit(file, component, components[component], configs[component], by_path, tensors)
+    other_base = difference_of_base(pipe, file, header, tensors, on_mismatch)
+    models = {component: components[component] for component in paths}
+    with joining(models, name):
+        for component, by_path in paths.items():
+            inject(models[component], configs[component], name, list(by_path))
+        _fill(layers_by_name(models, name), name, file, tensors, on_mismatch, other_base)
     return name
+
+
+def swap_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, on_mismatch: OnMismatch = "error") -> None:
+    """Put another file's values in the place of a loaded adapter's: its weights, and whether it acts, stay.
+
+    No tensor is replaced, so a compiled pipeline is not compiled again. The file is checked as by `load_adapter`.
+
+    Raises:
+        UserError: no such adapter, it is fused, or the file is of another layout (method, pattern, layers, ...) or
+            does not fit the base; the adapter is as it was.
+    """
+    file = Path(file)
+    check_choice(on_mismatch)
+    header, tensors = read_adapter(file)
+    layers = adapted_layers(pipe, name)
+    models = {component: model for component, model in components_of(pipe).items() if name in adapters_of(model)}
+    for model in models.values():
+        refuse_fused(model, f"swap {name!r}")
+    for model in models.values():
+        check_layout(file, header, _config_in(model, name), name)
+    other_base = difference_of_base(models, file, header, tensors, on_mismatch)
+    before = {key: tensor.detach().clone() for key, tensor in live_tensors(layers, name).items()}
+    sketches = {canonical: layer.sketch(name) for canonical, layer in layers.items()}
+    try:
+        _fill(layers, name, file, tensors, on_mismatch, other_base)
+    except BaseException:
+        copy_tensors(layers, name, before)  # the positions, which the alignment goes by
+        for canonical, layer in layers.items():
+            layer.align(name, sketches[canonical])
+        copy_tensors(layers, name, before)  # the values, whose signs it may have changed
+        raise
+    for model in models.values():
+        history = {field: getattr(header, field) for field in _HISTORY_FIELDS}
+        model.peft_config[name] = dataclasses.replace(_config_in(model, name), **history)  # type: ignore[index,operator]
 
 
 def unload_adapter(pipe: object, name: str) -> None:
@@ -95,7 +144,7 @@ def unload_adapter(pipe: object, name: str) -> None:
         UserError: no such adapter, or it is fused.
     """
     components = components_of(pipe)
-    _check_loaded(components, [name])
+    check_loaded(components, [name])
     for model in components.values():
         refuse_fused(model, f"unload {name!r}")
     for model in components.values():
@@ -103,33 +152,10 @@ def unload_adapter(pipe: object, name: str) -> None:
             remove(model, name)
 
 
-def set_adapters(pipe: object, weights: Mapping[str, AdapterWeight]) -> None:
-    """Choose the adapters that act and their weights; what is not mentioned is off.
-
-    ``{"dog": 0.8, "style": {"unet": 0.5, "text_encoder": 0.0}}``. Weight 0 is off, bit for bit; with a mapping for
-    one adapter, components that it leaves out are off.
-
-    Raises:
-        UserError: unknown adapter or component, a weight that is no finite number, or an adapter is fused.
-    """
-    components = components_of(pipe)
-    _check_loaded(components, list(weights))
-    for name, weight in weights.items():
-        _check_weight(components, name, weight)
-    for model in components.values():
-        refuse_fused(model, "change weights")
-    for component, model in components.items():
-        for layer in spectral_layers(model).values():
-            layer.unscale_layer()
-            layer.set_adapter(list(weights), inference_mode=True)
-            for name, weight in weights.items():
-                layer.set_scale(name, weight.get(component, 0.0) if isinstance(weight, Mapping) else weight)
-
-
 def save_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, metadata: AdapterMetadata) -> Path:
     """Write an adapter of a pipeline (or of a mapping of component names to models) to a file.
 
-    Equal values and metadata give equal bytes.
+    Equal values, metadata and singular vectors give equal bytes.
 
     Raises:
         UserError: no such adapter, it is fused, its values are not finite, or the file can't be written.
@@ -139,19 +165,18 @@ def save_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, metad
     for model in components.values():
         refuse_fused(model, f"save {name!r}")
     used = {component: model for component, model in components.items() if name in adapters_of(model)}
-    config: SpectralConfig = next(iter(used.values())).peft_config[name]  # type: ignore[index,assignment]
-    layers = [key.removesuffix(VALUES_SUFFIX) for key in state]
+    sketch = sketch_of_bases(adapted_layers(used, name), name)
+    if sketch is not None:
+        state[SKETCH] = sketch
+    config = _config_in(next(iter(used.values())), name)
+    options = {field: getattr(config, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
     header = AdapterHeader(
-        method=config.method,
-        pattern=config.pattern,
-        off_diagonals=config.off_diagonals,
-        rank=config.rank,
-        targets=_targets_label(used, name, config.targets),
+        **{**options, "targets": _targets_label(used, name, config.targets)},
         components={component: len(spectral_layers(model, name)) for component, model in used.items()},
         base=BaseModel(
             name=metadata.base_name,
             family=metadata.base_family,
-            fingerprint=metadata.base_fingerprint or fingerprint_of_pipeline(pipe, layers),
+            fingerprint=metadata.base_fingerprint or fingerprint_of_pipeline(pipe, layer_names(state)),
         ),
         trigger=metadata.trigger,
         instance_prompt=metadata.instance_prompt,
@@ -168,89 +193,34 @@ def loaded_adapters(pipe: object) -> list[str]:
     return sorted({name for model in components_of(pipe).values() for name in adapters_of(model)})
 
 
-def _check_free(components: Mapping[str, nn.Module], name: str) -> None:
-    for model in components.values():
-        if name in adapters_of(model) or name in getattr(model, "peft_config", {}):
-            raise UserError(f"an adapter {name!r} is already loaded; give this one another name or unload that first")
-
-
-def _tensors_by_component(
-    file: Path, components: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """Component -> path of the layer in this version of the model -> values."""
-    sorted_out: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        component, path = split_canonical_name(key.removesuffix(VALUES_SUFFIX))
-        if component not in components:
-            raise UserError(f"{file} adapts the {component}, which this pipeline does not have")
-        sorted_out.setdefault(component, {})[module_path(components[component], path)] = values
-    return sorted_out
-
-
-def _check_fit(
-    file: Path, component: str, model: nn.Module, config: SpectralConfig, values: Mapping[str, Tensor]
+def _fill(
+    layers: Mapping[str, SpectralLayer],
+    name: str,
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    on_mismatch: OnMismatch,
+    other_base: str | None,
 ) -> None:
-    """Refuse a file whose layers or shapes are not the model's, before any layer is touched."""
-    for path, tensor in values.items():
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise UserError(
-                f"{file} was made for another architecture: there is no layer {path} in this {component}"
-            ) from None
-        expected = method_named(config.method).number_of_values(layer_options(module, path, config))
-        if len(tensor) != expected:
-            raise UserError(
-                f"{file} was made for another architecture: layer {path} of the {component} takes {expected} values, "
-                f"the file has {len(tensor)}"
-            )
+    """Give an adapter the contents of a file, on the basis that it describes, and judge what comes of it."""
+    bases = stored_bases(tensors)
+    with torch.inference_mode(False):
+        copy_tensors(layers, name, tensors)
+        if on_mismatch != "force":
+            align_layers(layers, name, bases)
+        error = measured_error(layers, name, bases)
+    judge_update(file, error, on_mismatch, other_base, in_16_bit(layers.values()))
 
 
-def _check_base_weights(
-    pipe: object, file: Path, header: AdapterHeader, tensors: Mapping[str, Tensor], on_mismatch: str
-) -> None:
-    if on_mismatch not in ("error", "warn"):
-        raise UserError(f"unknown on_mismatch {on_mismatch!r}; choose from error, warn")
-    fingerprint = fingerprint_of_pipeline(pipe, [key.removesuffix(VALUES_SUFFIX) for key in tensors])
-    try:
-        check_base(header, fingerprint, _base_name(pipe), adapter=file.name)
-    except UserError as problem:
-        if on_mismatch == "error":
-            raise
-        _logger.warning("%s", problem)
+def _config_of(header: AdapterHeader, paths: Iterable[str]) -> SpectralConfig:
+    options: dict[str, Any] = {field: getattr(header, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
+    # PEFT shortens a list of paths to their ends, in an order that changes from run to run, and may match more.
+    exact_paths = "|".join(re.escape(path) for path in paths)
+    return SpectralConfig(**options, target_modules=exact_paths, inference_mode=True)
 
 
-def _base_name(pipe: object) -> str:
-    name = str(getattr(pipe, "name_or_path", "") or "a model without a name")
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
-
-
-def _inject_values(model: nn.Module, config: SpectralConfig, name: str, values: Mapping[str, Tensor]) -> None:
-    layers_before = spectral_layers(model).values()
-    active = sorted({other for layer in layers_before for other in layer.active_adapters})
-    inject(model, config, name, list(values))
-    for path, layer in spectral_layers(model).items():
-        if path in values:
-            with torch.no_grad():
-                layer.spectral_values[name].copy_(values[path])
-        layer.enable_adapters(True)
-        layer.set_adapter([*active, name], inference_mode=True)
-
-
-def _check_loaded(components: Mapping[str, nn.Module], names: list[str]) -> None:
-    loaded = sorted({name for model in components.values() for name in adapters_of(model)})
-    for name in names:
-        if name not in loaded:
-            raise UserError(f"there is no adapter {name!r}; loaded: {', '.join(loaded) or 'none'}")
-
-
-def _check_weight(components: Mapping[str, nn.Module], name: str, weight: AdapterWeight) -> None:
-    parts = weight if isinstance(weight, Mapping) else {"": weight}
-    for component, part in parts.items():
-        if component and component not in components:
-            raise UserError(f"adapter {name!r}: no component {component!r}; choose from {', '.join(components)}")
-        if isinstance(part, bool) or not isinstance(part, int | float) or not math.isfinite(part):
-            raise UserError(f"adapter {name!r}: a weight must be a finite number, got {part!r}")
+def _config_in(model: nn.Module, name: str) -> SpectralConfig:
+    config: SpectralConfig = model.peft_config[name]  # type: ignore[index,assignment]
+    return config
 
 
 def _targets_label(models: Mapping[str, nn.Module], name: str, preset: str) -> str:

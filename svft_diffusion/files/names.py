@@ -1,8 +1,10 @@
 """One spelling for the adapted layers of a pipeline, whatever the versions of the libraries.
 
 A canonical name is ``<component>.<module path>``, for example ``unet.mid_block.attentions.0...attn1.to_q`` or
-``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. transformers 5 dropped the level ``text_model`` from
-``CLIPTextModel``; names keep it, so that a file serves transformers 4 and 5.
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. The module path is that of the model at hand, with one
+exception: transformers 5 dropped the level ``text_model`` from ``CLIPTextModel``, and names keep it, so that a file
+serves transformers 4 and 5. ``CLIPTextModelWithProjection`` has that level in both, ``T5EncoderModel`` in neither
+(``encoder.block.0.layer.0.SelfAttention.q``).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import nn
 from svft_diffusion.errors import UserError
 
 # Components of a pipeline that can carry an adapter, in the order in which they are visited.
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 _TEXT_MODEL = "text_model."
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from svft_diffusion.adapters.names import usable_adapter_name
 from svft_diffusion.errors import UserError
-from svft_diffusion.files import AdapterHeader, check_base, fingerprint_of_folder, read_adapter
-from svft_diffusion.files.adapter_file import VALUES_SUFFIX
+from svft_diffusion.files import AdapterHeader, check_base, fingerprint_of_folder, layer_names, read_adapter
 from svft_diffusion.models.loading import base_display_name, resolve_base
 
 ADAPTER_FILE = "adapter.safetensors"  # the name that the trainer gives to every adapter
@@ -82,7 +81,7 @@ def check_adapter(file: Path, base: str, *, name: str, weight: float = 1.0) -> C
     header, tensors = read_adapter(file)
     folder = Path(resolve_base(base))
     if folder.is_dir():
-        fingerprint = fingerprint_of_folder(folder, [tensor.removesuffix(VALUES_SUFFIX) for tensor in tensors])
+        fingerprint = fingerprint_of_folder(folder, layer_names(tensors))
         # No fingerprint: the folder lacks layers that the adapter changes, so it is another model.
         check_base(header, fingerprint or "", base_display_name(base), adapter=file.name)
     return CheckedAdapter(name, file, weight, sha256_of(file), header)

@@ -1,0 +1,100 @@
+"""Singular factors of one weight, and copies of them on the device and in the dtype of the products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from svft_diffusion.adapters.methods import Triplets
+from svft_diffusion.spectral import SingularFactors
+
+
+class PlacedFactors:
+    """The factors of a layer's weight as a matrix, float32 on the CPU, and what was copied from them so far.
+
+    Attributes:
+        factors: the factors.
+        exact: whether they alone give the weight back to float32 accuracy. Not so after a rotation among nearly equal
+            singular values; the base weight is then always part of the sum.
+    """
+
+    def __init__(self, factors: SingularFactors) -> None:
+        self.factors = factors
+        self.exact = True
+        self._placed: dict[object, SingularFactors] = {}
+        self._listed: tuple[object, Tensor, SingularFactors] | None = None  # of a list of triplets, which is kept too
+
+    def replace(self, factors: SingularFactors, *, exact: bool) -> None:
+        """Other factors of the same weight."""
+        self.factors, self.exact = factors, exact
+        self.forget_copies()
+
+    def forget_copies(self) -> None:
+        """Let go of everything that was copied."""
+        self._placed.clear()
+        self._listed = None
+
+    def chosen(self, x: Tensor, module: nn.Module, triplets: Triplets) -> SingularFactors:
+        """The chosen triplets, ``U`` and ``Vh`` in the dtype of the products with ``x``, all on its device."""
+        device, dtype = x.device, dtype_of_products(x, module)
+        if isinstance(triplets, slice):
+            return self.neighbours(device, dtype, triplets)
+        if torch.compiler.is_compiling():  # a graph can't tell whether a list is the one from before
+            U, S, Vh = self.neighbours(device, dtype, slice(0, len(self.factors.S)))
+            return SingularFactors(U[:, triplets], S[triplets], Vh[triplets])
+        key = (device, dtype, *identity(triplets))
+        if self._listed is None or self._listed[0] != key:
+            self._listed = (key, triplets, self._copy(device, dtype, triplets.cpu()))
+        return self._listed[2]
+
+    def neighbours(self, device: torch.device, dtype: torch.dtype, triplets: slice) -> SingularFactors:
+        """Triplets that follow one another; copied once."""
+        whole = triplets == slice(0, len(self.factors.S))
+        if whole and device == self.factors.U.device and dtype == self.factors.U.dtype:
+            return self.factors
+        key = (device, dtype, triplets.start, triplets.stop)
+        if key not in self._placed:
+            self._placed[key] = self._copy(device, dtype, triplets)
+        return self._placed[key]
+
+    def singular_values(self, device: torch.device) -> Tensor:
+        """All singular values (k,) on a device, float32."""
+        S = self.factors.S
+        if S.device == device:
+            return S
+        if device not in self._placed:
+            with torch.inference_mode(False):
+                moved = S.to(device)
+            self._placed[device] = SingularFactors(moved, moved, moved)
+        return self._placed[device].S
+
+    @torch.compiler.assume_constant_result
+    def place_for_graph(self, device: torch.device, dtype: torch.dtype, first: int, last: int) -> bool:
+        """Place factors while a graph is traced: one that filled them in itself would have to be traced again."""
+        self.singular_values(device)
+        self.neighbours(device, dtype, slice(first, last))
+        return True
+
+    def _copy(self, device: torch.device, dtype: torch.dtype, triplets: Triplets) -> SingularFactors:
+        U, S, Vh = self.factors
+        with torch.inference_mode(False), torch.no_grad():  # kept beyond this call, which may be any
+            return SingularFactors(
+                U[:, triplets].to(device, dtype).contiguous(),
+                S[triplets].to(device),
+                Vh[triplets].to(device, dtype).contiguous(),
+            )
+
+
+def dtype_of_products(x: Tensor, module: nn.Module) -> torch.dtype:
+    """The dtype in which a layer multiplies its input with its weight."""
+    if not x.is_floating_point():  # the ids that an embedding takes; no autocast there
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes whenever the tensor's values are changed in place."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
