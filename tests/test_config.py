@@ -10,15 +10,16 @@ import pytest
 import yaml
 from PIL import Image
 
+from svft_diffusion.adapters.freezing import FreezingSettings
 from svft_diffusion.adapters.methods import METHODS
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
 from svft_diffusion.cli.train import read_settings
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import config_from_mapping
 from svft_diffusion.training.card import saved_settings
-from svft_diffusion.training.checks import check, check_settings
+from svft_diffusion.training.checks import adapter_config, check, check_settings
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.learning_rates import LEARNING_RATES, default_learning_rate
+from svft_diffusion.training.learning_rates import LEARNING_RATES, default_learning_rates
 
 # Flags of diffusers' train_dreambooth_lora.py that mean the same here.
 FAMILIAR_FLAGS = """
@@ -56,14 +57,15 @@ def test_familiar_flags_exist() -> None:
 
 
 def test_every_method_and_pattern_has_a_learning_rate() -> None:
-    combinations = {(name, pattern) for name, method in METHODS.items() for pattern in method.patterns}  # type: ignore[attr-defined]
+    combinations = {(name, pattern) for name, method in METHODS.items() for pattern in method.patterns}
     assert combinations == LEARNING_RATES.keys()
 
 
 def test_the_embedded_model_has_learning_rates_of_its_own() -> None:
-    embedded = default_learning_rate("svft", "banded", "toybox")
-    full_size = default_learning_rate("svft", "banded", "someone/stable-diffusion")
-    assert embedded == LEARNING_RATES["svft", "banded"].embedded > 10 * full_size
+    embedded = default_learning_rates("svft", "banded", "toybox")
+    full_size = default_learning_rates("svft", "banded", "someone/stable-diffusion")
+    assert embedded == LEARNING_RATES["svft", "banded"].embedded
+    assert embedded.values > 10 * full_size.values
 
 
 def test_command_line_wins_over_file(tmp_path: Path) -> None:
@@ -83,6 +85,8 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ("learning_rat: 1", "did you mean 'learning_rate'"),
         ("rank: many", "rank: expected int"),
         ("method: lora", "not one of svft"),
+        ("fractoin: 0.5", "did you mean 'fraction'"),
+        ("freezing_topk: 3", "did you mean 'freezing_top_k'"),
         ("max_train_steps: .inf", "max_train_steps: expected int"),
         ("instance_prompt: [a dog, a cat]", "instance_prompt: expected str"),
         ("- a list", "name: value"),
@@ -115,7 +119,73 @@ def test_steps_and_passes() -> None:
 def test_off_diagonals_default() -> None:
     assert TrainingConfig().resolved_off_diagonals == 0
     assert TrainingConfig(pattern="banded").resolved_off_diagonals == 2
+    assert TrainingConfig(pattern="random").resolved_off_diagonals == 2
     assert TrainingConfig(pattern="banded", off_diagonals=5).resolved_off_diagonals == 5
+
+
+def test_biases_train_where_the_method_says_so_or_the_user() -> None:
+    assert not TrainingConfig().resolved_train_bias and TrainingConfig(train_bias=True).resolved_train_bias
+    assert TrainingConfig(method="vectorfit").resolved_train_bias
+    parser = Parser(prog="train")
+    add_settings(parser, TrainingConfig)
+    given = given_settings(TrainingConfig, parser.parse_args(["--method", "vectorfit", "--no-train_bias"]))
+    assert not config_from_mapping(TrainingConfig, given).resolved_train_bias
+
+
+def test_freezing_belongs_to_vectorfit_and_can_be_had_elsewhere() -> None:
+    assert TrainingConfig(method="vectorfit").freezing == FreezingSettings()
+    assert TrainingConfig(method="vectorfit", freezing_number=0).freezing is None
+    assert TrainingConfig(method="svdiff").freezing is None
+    chosen = TrainingConfig(method="svdiff", freezing_number=3, freezing_top_k=4, freezing_interval=7)
+    assert chosen.freezing == FreezingSettings(interval=7, top_k=4, number_of_freezings=3)
+
+
+def test_adapter_gets_every_setting(config: TrainingConfig) -> None:
+    config = dataclasses.replace(
+        config,
+        method="siva",
+        fraction=0.5,
+        select="random",
+        init="random",
+        seed=3,
+        train_bias=True,
+        train_norm=True,
+        compress_activations=True,
+        targets="all",
+    )
+    made = adapter_config(config)
+    for name in (
+        "method", "pattern", "rank", "fraction", "select", "init", "seed", "train_values", "train_bias", "train_norm",
+        "compress_activations", "targets",
+    ):  # fmt: skip
+        assert getattr(made, name) == getattr(config, name), name
+    assert not adapter_config(dataclasses.replace(config, train_values=False)).train_values
+    banded = dataclasses.replace(config, method="svft", fraction=None, select=None, pattern="banded", rank=6)
+    assert adapter_config(banded).off_diagonals == 2 and adapter_config(banded).rank == 6
+
+
+def test_cache_of_one_machine_is_not_written_into_the_settings(config: TrainingConfig) -> None:
+    saved = saved_settings(dataclasses.replace(config, factor_cache=Path("/somewhere"), factor_cache_size="5GB"))
+    assert "factor_cache" not in saved and "factor_cache_size" not in saved
+
+
+PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_every_method_has_a_preset_for_both_bases() -> None:
+    made = [(path.name.split("_")[0], yaml.safe_load(path.read_text(encoding="utf-8"))["method"]) for path in PRESETS]
+    assert set(made) == {(base, method) for base in ("toybox", "sd15") for method in METHODS}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_pass_the_checks(preset: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(preset.parent.parent)  # a preset names files relative to the repository
+    paths = {"instance_data_dir": photos, "class_data_dir": tmp_path / "class", "output_dir": tmp_path / "out"}
+    prompts = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+    check(config_from_mapping(TrainingConfig, prompts | read_settings(preset) | paths))
+    lines = preset.read_text(encoding="utf-8").splitlines()
+    explained = [line for line in lines if not line.startswith("#") and "#" in line]
+    assert len(explained) >= 5 and len(explained) >= len([line for line in lines if ":" in line and line[0] != "#"]) / 2
 
 
 @pytest.mark.parametrize(
@@ -126,7 +196,25 @@ def test_off_diagonals_default() -> None:
         ({"instance_prompt": "  "}, "--instance_prompt"),
         ({"method": "lora"}, "lora"),
         ({"method": "svdiff", "pattern": "banded"}, "banded"),
+        ({"method": "vectorfit", "pattern": "random"}, "unknown pattern 'random' for method vectorfit"),
         ({"pattern": "plain", "off_diagonals": 2}, "off_diagonals=2|no off-diagonals"),
+        ({"pattern": "top_k", "off_diagonals": -1}, "off_diagonals can't be negative"),
+        ({"method": "siva", "fraction": 0.0}, r"fraction must lie in \(0, 1\], got 0.0"),
+        ({"method": "siva", "fraction": 1.5}, r"fraction must lie in \(0, 1\], got 1.5"),
+        ({"method": "siva", "fraction": float("nan")}, r"fraction must lie in \(0, 1\], got nan"),
+        ({"method": "siva", "rank": 4}, "siva takes a fraction"),
+        ({"fraction": 0.5}, "fraction belongs to method siva"),
+        ({"method": "siva", "select": "middle"}, "select: 'middle' is not one of bottom, top, all, random"),
+        ({"init": "ones"}, "init: 'ones' is not one of zero, random, official"),
+        ({"method": "svdiff", "init": "official"}, "unknown init 'official' for method svdiff"),
+        ({"train_values": False}, "nothing would train"),
+        ({"learning_rate_1d": 1e-4}, "no effect where no bias, norm or gate trains"),
+        ({"train_bias": True, "learning_rate_1d": 0.0}, "--learning_rate_1d must be above 0"),
+        ({"freezing_number": -1}, "--freezing_number must be 0 or more"),
+        ({"freezing_interval": 5}, "--freezing_interval has no effect without freezing; add --freezing_number"),
+        ({"method": "vectorfit", "freezing_interval": 0}, "--freezing_interval must be at least 1"),
+        ({"method": "vectorfit", "freezing_smoothing": 1.0}, "--freezing_smoothing must be at least 0 and below 1"),
+        ({"factor_cache_size": "lots"}, "--factor_cache_size 'lots' is not a size"),
         ({"targets": "everything"}, "everything"),
         ({"rank": 0}, "rank"),
         ({"train_batch_size": 0}, "--train_batch_size must be at least 1"),

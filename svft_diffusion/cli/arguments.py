@@ -49,7 +49,8 @@ def _argument_options(item: Setting) -> dict[str, Any]:
     shown = "" if item.default is None or item.default in ("", [], False) else f" (default: {item.default})"
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + shown}
     if item.kind is bool:
-        options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        # Without a --no form where "no" is the default; a default that depends (None) can be answered both ways.
+        options["action"] = "store_true" if item.default is False else argparse.BooleanOptionalAction
         return options
     options["type"] = item.kind
     if item.choices:

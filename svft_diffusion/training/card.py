@@ -19,16 +19,18 @@ _EXAMPLE_FILE = "example.png"
 
 # Said in the card; the rest is in config.yaml.
 _SHOWN_SETTINGS = (
-    "method", "pattern", "off_diagonals", "rank", "targets", "train_text_encoder", "resolution", "max_train_steps",
-    "train_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler",
+    "method", "pattern", "off_diagonals", "rank", "fraction", "select", "init", "train_values", "train_bias",
+    "train_norm", "targets", "train_text_encoder", "freezing_number", "freezing_warmup_steps", "freezing_interval",
+    "freezing_top_k", "freezing_smoothing", "resolution", "max_train_steps", "train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "learning_rate_1d", "lr_scheduler",
     "timestep_sampling", "with_prior_preservation", "class_prompt", "prior_loss_weight", "mixed_precision", "seed",
 )  # fmt: skip
 
 
 def saved_settings(config: TrainingConfig) -> dict[str, object]:
-    """The settings that make a run, without those that belong to one start of it or to nobody else."""
+    """The settings that make a run, without those that belong to one start of it, one machine, or to nobody else."""
     settings = config_to_mapping(config)
-    for name in ("hub_token", "resume_from_checkpoint"):
+    for name in ("hub_token", "resume_from_checkpoint", "factor_cache", "factor_cache_size"):
         settings.pop(name)
     return {name: value for name, value in settings.items() if value is not None}
 

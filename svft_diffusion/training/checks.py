@@ -13,6 +13,7 @@ from svft_diffusion.data.class_images import given_class_pictures, read_class_pr
 from svft_diffusion.data.dataset import Picture, pictures_with_prompts
 from svft_diffusion.data.photos import scan_photos
 from svft_diffusion.errors import UserError
+from svft_diffusion.factors.location import parse_size
 from svft_diffusion.models import resolve_base
 from svft_diffusion.settings import settings_of
 from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
@@ -24,14 +25,14 @@ _AT_LEAST_ONE = (
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "resolution",
     "checkpointing_steps", "checkpoints_total_limit", "num_class_images", "sample_batch_size",
     "prior_generation_num_inference_steps", "num_validation_images", "validation_steps", "validation_epochs",
-    "lr_num_cycles",
+    "lr_num_cycles", "freezing_warmup_steps", "freezing_interval", "freezing_top_k",
 )  # fmt: skip
-_ABOVE_ZERO = ("learning_rate", "text_encoder_lr", "adam_epsilon", "max_grad_norm")
+_ABOVE_ZERO = ("learning_rate", "text_encoder_lr", "learning_rate_1d", "adam_epsilon", "max_grad_norm")
 _AT_LEAST_ZERO = (
     "lr_warmup_steps", "lr_power", "prior_loss_weight", "prior_generation_guidance_scale", "adam_weight_decay",
-    "dataloader_num_workers", "seed",
+    "dataloader_num_workers", "seed", "freezing_number",
 )  # fmt: skip
-_BELOW_ONE = ("adam_beta1", "adam_beta2")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "freezing_smoothing")
 _SEED_LIMIT = 2**62  # picture i has seed + i, and torch takes 63 bits
 
 
@@ -74,10 +75,15 @@ def check_settings(config: TrainingConfig) -> None:
         item.convert(getattr(config, item.name))
     _check_numbers(config)
     adapter_config(config)
+    _check_freezing(config)
     if config.train_text_encoder and config.targets == "cross-attention":
         raise UserError("--targets cross-attention has no layer in the text encoder; leave out --train_text_encoder")
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr has no effect without --train_text_encoder")
+    if config.learning_rate_1d is not None and not config.trains_one_dimensional:
+        raise UserError("--learning_rate_1d has no effect where no bias, norm or gate trains; add --train_bias")
+    if config.factor_cache_size is not None:
+        parse_size(config.factor_cache_size, "--factor_cache_size")
     _check_prior(config)
     _check_packages(config)
     if config.push_to_hub and config.report_to == "wandb" and config.hub_token is not None:
@@ -91,8 +97,24 @@ def adapter_config(config: TrainingConfig) -> SpectralConfig:
         pattern=config.pattern,
         off_diagonals=config.resolved_off_diagonals,
         rank=config.rank,
+        fraction=config.fraction,
+        select=config.select,
+        init=config.init,
+        seed=config.seed,
+        train_values=config.train_values,
+        train_bias=config.resolved_train_bias,
+        train_norm=config.train_norm,
+        compress_activations=config.compress_activations,
         targets=config.targets,
     )
+
+
+def _check_freezing(config: TrainingConfig) -> None:
+    if config.freezing is not None:
+        return
+    for name in ("freezing_warmup_steps", "freezing_interval", "freezing_top_k", "freezing_smoothing"):
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name} has no effect without freezing; add --freezing_number, how often to freeze")
 
 
 def _check_numbers(config: TrainingConfig) -> None:
@@ -110,7 +132,7 @@ def _check_numbers(config: TrainingConfig) -> None:
             raise UserError(f"--{name} must be 0 or more, got {value}")
     for name in _BELOW_ONE:
         value = getattr(config, name)
-        if not 0 <= value < 1:
+        if value is not None and not 0 <= value < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, got {value}")
     if config.seed >= _SEED_LIMIT:
         raise UserError(f"--seed must be below {_SEED_LIMIT}, got {config.seed}")

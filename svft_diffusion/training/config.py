@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from svft_diffusion.adapters.methods import METHODS
+from svft_diffusion.adapters.freezing import FreezingSettings
+from svft_diffusion.adapters.methods import DEFAULT_FRACTION, INITS, METHODS, SELECTIONS
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS
 from svft_diffusion.data.dataset import INTERPOLATIONS
 from svft_diffusion.models import EMBEDDED_MODEL
@@ -14,10 +17,13 @@ from svft_diffusion.settings import setting
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DEFAULT_TRAIN_STEPS = 400
 DEFAULT_OFF_DIAGONALS = 2
+FREEZING = FreezingSettings()  # its defaults
+_PATTERNS = tuple(dict.fromkeys(pattern for method in METHODS.values() for pattern in method.patterns))
 
 _BASE = "base model"
 _DATA = "pictures and prompts"
 _ADAPTER = "adapter"
+_FREEZING = "adaptive vector freezing"
 _TRAINING = "training"
 _OPTIMIZER = "optimizer"
 _PRIOR = "prior preservation"
@@ -57,19 +63,75 @@ class TrainingConfig:
     )
 
     method: str = setting(
-        "svft", "svft: core matrix M; svdiff: shifted singular values", group=_ADAPTER, choices=tuple(METHODS)
+        "svft",
+        "svft: core matrix M; svdiff: shifted singular values; vectorfit: singular values and biases; siva: the "
+        "smallest singular values",
+        group=_ADAPTER,
+        choices=tuple(METHODS),
     )
     pattern: str = setting(
-        "plain", "entries of M: plain (diagonal) or, with svft, banded", group=_ADAPTER, choices=("plain", "banded")
+        "plain",
+        "entries of M: plain (the diagonal) or, with svft, banded, random, or top_k (best aligned singular vectors)",
+        group=_ADAPTER,
+        choices=_PATTERNS,
     )
     off_diagonals: int | None = setting(
-        None, f"off-diagonals on each side with banded (default there: {DEFAULT_OFF_DIAGONALS})", group=_ADAPTER
+        None,
+        "off-diagonals on each side with banded; random and top_k take as many entries as banded would "
+        f"(default for these three: {DEFAULT_OFF_DIAGONALS})",
+        group=_ADAPTER,
     )
     rank: int | None = setting(
         None, "leading singular triplets that train; the rest stays as it is (default: all)", group=_ADAPTER
     )
+    fraction: float | None = setting(
+        None, f"part of the singular values that siva trains (default there: {DEFAULT_FRACTION})", group=_ADAPTER
+    )
+    select: str | None = setting(
+        None, "which singular values siva trains (default there: bottom)", group=_ADAPTER, choices=SELECTIONS
+    )
+    init: str = setting(
+        "zero",
+        "start of the values: zero (the base model); random (small numbers); official (as the SVFT authors' code, with "
+        "a gate; svft only)",
+        group=_ADAPTER,
+        choices=INITS,
+    )
+    train_values: bool = setting(True, "train singular values; without, only biases and norms", group=_ADAPTER)
+    train_bias: bool | None = setting(
+        None, "train the biases of adapted layers (default: with vectorfit, where they are part of it)", group=_ADAPTER
+    )
+    train_norm: bool | None = setting(
+        None, "train the weights of norm layers (default: with --targets all)", group=_ADAPTER
+    )
     targets: str = setting(DEFAULT_PRESET, "layers that train", group=_ADAPTER, choices=tuple(PRESETS))
     train_text_encoder: bool = setting(False, "adapt the text encoder too", group=_ADAPTER)
+
+    freezing_number: int | None = setting(
+        None,
+        "adaptive vector freezing: how often the vectors that trained most are frozen for a while, so that the others "
+        f"catch up; 0 switches it off (default: {FREEZING.number_of_freezings} with vectorfit, which it is part of; 0 "
+        "with the other methods, whose papers have no such thing)",
+        group=_FREEZING,
+    )
+    freezing_warmup_steps: int | None = setting(
+        None,
+        f"steps before the first freezing, in which strengths form (default: {FREEZING.warmup_steps}, so that with the "
+        f"other defaults freezing ends at step {FREEZING.last_step} of {DEFAULT_TRAIN_STEPS} and all train together at "
+        "last)",
+        group=_FREEZING,
+    )
+    freezing_interval: int | None = setting(
+        None, f"steps until the next freezing chooses anew (default: {FREEZING.interval})", group=_FREEZING
+    )
+    freezing_top_k: int | None = setting(
+        None, "vectors frozen at a time (default: a fifth of them, few enough that most train)", group=_FREEZING
+    )
+    freezing_smoothing: float | None = setting(
+        None,
+        f"beta of the moving average of strengths (default: {FREEZING.smoothing}, about the last hundred steps)",
+        group=_FREEZING,
+    )
 
     with_prior_preservation: bool = setting(
         False, "train on pictures of the class beside the photos, so that the class is not forgotten", group=_PRIOR
@@ -118,6 +180,11 @@ class TrainingConfig:
     )
     text_encoder_lr: float | None = setting(
         None, "learning rate in the text encoder (default: as --learning_rate)", group=_OPTIMIZER
+    )
+    learning_rate_1d: float | None = setting(
+        None,
+        "learning rate of what is one-dimensional in the model: biases, norm weights, gates (default: from the table)",
+        group=_OPTIMIZER,
     )
     scale_lr: bool = setting(
         False, "multiply the learning rate by processes, accumulation and batch size", group=_OPTIMIZER
@@ -172,13 +239,52 @@ class TrainingConfig:
     enable_xformers_memory_efficient_attention: bool = setting(False, "attention of xformers", group=_SPEED)
     allow_tf32: bool = setting(False, "faster, coarser float32 on NVIDIA Ampere and later", group=_SPEED)
     dataloader_num_workers: int = setting(0, "processes that load pictures when they are not cached", group=_SPEED)
+    compress_activations: bool = setting(
+        False, "keep activations for the backward pass in fewer bits: less memory, coarser gradients", group=_SPEED
+    )
+    factor_cache: Path | None = setting(
+        None, "folder of decompositions, shared by all runs (default: the platform's cache folder)", group=_SPEED
+    )
+    factor_cache_size: str | None = setting(
+        None,
+        "how much that folder may hold, such as 5GB; what was not used for longest goes first (default: 20 GiB)",
+        group=_SPEED,
+    )
 
     @property
     def resolved_off_diagonals(self) -> int:
         """Off-diagonals on each side, the pattern's default filled in."""
         if self.off_diagonals is not None:
             return self.off_diagonals
-        return DEFAULT_OFF_DIAGONALS if self.pattern == "banded" else 0
+        return 0 if self.pattern == "plain" else DEFAULT_OFF_DIAGONALS
+
+    @property
+    def resolved_train_bias(self) -> bool:
+        """Whether biases train: what is said, else what the method says."""
+        return self.method == "vectorfit" if self.train_bias is None else self.train_bias
+
+    @property
+    def trains_one_dimensional(self) -> bool:
+        """Whether anything trains that `learning_rate_1d` is for: biases, norm weights or gates."""
+        norms = self.targets == "all" if self.train_norm is None else self.train_norm
+        return self.resolved_train_bias or norms or self.init == "official"
+
+    @property
+    def freezing(self) -> FreezingSettings | None:
+        """When vectors freeze, or None if they don't. Raises `UserError` for numbers that can't be."""
+        number = self.freezing_number
+        if number is None:
+            number = FREEZING.number_of_freezings if self.method == "vectorfit" else 0
+        if number == 0:
+            return None
+        given: dict[str, Any] = {
+            "warmup_steps": self.freezing_warmup_steps,
+            "interval": self.freezing_interval,
+            "top_k": self.freezing_top_k,
+            "smoothing": self.freezing_smoothing,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(FREEZING, number_of_freezings=number, **chosen)
 
     @property
     def pictures_per_step(self) -> int:

@@ -1,7 +1,11 @@
-"""The numbers of every step: ``metrics.jsonl``, and TensorBoard or W&B where they are wanted and installed."""
+"""What a run writes about its steps: ``metrics.jsonl`` with their numbers, ``freezing.jsonl`` with what froze when.
+
+The numbers also go to TensorBoard or W&B where they are wanted and installed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -9,7 +13,10 @@ from typing import TextIO
 
 from accelerate import Accelerator
 
+from svft_diffusion.adapters.freezing import AdaptiveVectorFreezing
+
 METRICS_FILE = "metrics.jsonl"
+FREEZING_FILE = "freezing.jsonl"
 
 
 def available_tracker(report_to: str) -> tuple[str | None, str]:
@@ -47,6 +54,23 @@ class MetricsLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class FreezingLog:
+    """``freezing.jsonl``: one line of JSON for each window of adaptive vector freezing, from the first step on."""
+
+    def __init__(self, output_dir: Path, freezing: AdaptiveVectorFreezing | None) -> None:
+        self._path = output_dir / FREEZING_FILE
+        self._freezing = freezing
+        self._lines = 0
+
+    def write(self) -> None:
+        """Bring the file up to date; without freezing there is none."""
+        if self._freezing is None or len(self._freezing.log) == self._lines:
+            return
+        self._lines = len(self._freezing.log)
+        rows = [json.dumps(dataclasses.asdict(window)) + "\n" for window in self._freezing.log]
+        self._path.write_text("".join(rows), encoding="utf-8")
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from svft_diffusion.adapters import load_adapter_state, save_adapter
 from svft_diffusion.errors import UserError
-from svft_diffusion.files import AdapterMetadata, check_base, fingerprint_of_pipeline, read_adapter
-from svft_diffusion.files.adapter_file import VALUES_SUFFIX
+from svft_diffusion.files import AdapterMetadata, check_base, fingerprint_of_pipeline, layer_names, read_adapter
 from svft_diffusion.models import base_display_name
 from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checkpoints import ADAPTER_FILE, load_checkpoint_state, save_checkpoint, step_of
@@ -17,14 +16,17 @@ from svft_diffusion.training.setup import ADAPTER_NAME, Run
 # What an adapter file says of its making: settings that change its values, and nothing of folders or clocks.
 _SETTINGS_IN_FILE = (
     "resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "text_encoder_lr", "lr_scheduler", "timestep_sampling", "train_text_encoder", "with_prior_preservation",
-    "prior_loss_weight", "mixed_precision", "seed",
+    "text_encoder_lr", "learning_rate_1d", "lr_scheduler", "timestep_sampling", "train_text_encoder",
+    "with_prior_preservation", "prior_loss_weight", "freezing_number", "freezing_warmup_steps", "freezing_interval",
+    "freezing_top_k", "freezing_smoothing", "mixed_precision", "seed",
 )  # fmt: skip
 # A checkpoint can only be gone on from with the same of these. The optimizer's state brings its settings with it, so
 # that new ones would have no effect.
 _SETTINGS_OF_CHECKPOINT = (
-    "method", "pattern", "off_diagonals", "rank", "targets", "train_text_encoder", "seed", "learning_rate",
-    "text_encoder_lr", "scale_lr", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "method", "pattern", "off_diagonals", "rank", "fraction", "select", "init", "train_values", "train_bias",
+    "train_norm", "compress_activations", "targets", "train_text_encoder", "seed", "learning_rate", "text_encoder_lr",
+    "learning_rate_1d", "scale_lr", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "freezing_number",
+    "freezing_warmup_steps", "freezing_interval", "freezing_top_k", "freezing_smoothing",
 )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def save_run(run: Run, step: int) -> None:
             "settings": {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT},
             "optimizer": run.optimizer.state_dict(),
             "lr_scheduler": run.lr_scheduler.state_dict(),
+            "freezing": run.freezing.state_dict() if run.freezing is not None else None,
             "gradient_scaler": scaler.state_dict() if scaler is not None else None,
         }
         save_checkpoint(
@@ -84,11 +87,13 @@ def resume(run: Run, checkpoint: Path) -> int:
     if step > run.total_steps:
         raise UserError(f"{checkpoint.name} is past --max_train_steps {run.total_steps}; ask for more steps")
     header, tensors = read_adapter(checkpoint / ADAPTER_FILE)
-    fingerprint = fingerprint_of_pipeline(run.models, [name.removesuffix(VALUES_SUFFIX) for name in tensors])
+    fingerprint = fingerprint_of_pipeline(run.models, layer_names(tensors))
     check_base(header, fingerprint, base_display_name(run.config.pretrained_model_name_or_path))
     load_adapter_state(run.models, ADAPTER_NAME, tensors)
     run.optimizer.load_state_dict(state["optimizer"])
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.freezing is not None:
+        run.freezing.load_state_dict(state["freezing"])
     if run.accelerator.scaler is not None and state["gradient_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["gradient_scaler"])
     return step

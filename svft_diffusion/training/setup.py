@@ -17,19 +17,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svft_diffusion.adapters import add_training_adapter
-from svft_diffusion.adapters.targets import linear_layers, matching_layers
+from svft_diffusion.adapters.freezing import AdaptiveVectorFreezing
+from svft_diffusion.adapters.targets import linear_layers
 from svft_diffusion.adapters.training import adapter_parameters
-from svft_diffusion.adapters.tuner import layer_options
+from svft_diffusion.adapters.tuner import layer_options, preset_layers
 from svft_diffusion.data.class_images import ClassImageRecipe, class_pictures
 from svft_diffusion.data.dataset import Picture, ShuffledOrder, SquareCrop, distinct_prompts
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import fingerprint_of_pipeline
 from svft_diffusion.files.names import canonical_name, components_of
+from svft_diffusion.files.tensor_names import layer_names, split_tensor_name
 from svft_diffusion.models import ModelFamily, base_display_name, default_resolution, family_of, load_pipeline
 from svft_diffusion.training.batches import Batch, SampleNumbers, Stream, cached_batches, loaded_batches
 from svft_diffusion.training.checks import Inputs, adapter_config
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.learning_rates import default_learning_rate
+from svft_diffusion.training.learning_rates import default_learning_rates
 from svft_diffusion.training.metrics import available_tracker
 from svft_diffusion.training.prompts import PromptTable
 
@@ -47,6 +49,7 @@ class Run:
     models: dict[str, nn.Module]  # those that carry the adapter, by component
     parameters: dict[str, nn.Parameter]  # the trained values, by canonical name
     optimizer: torch.optim.Optimizer
+    freezing: AdaptiveVectorFreezing | None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     prompts: PromptTable
     streams: list[Stream]
@@ -56,6 +59,10 @@ class Run:
     @property
     def trained_values(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def adapted_layers(self) -> int:
+        return len(layer_names(self.parameters))
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """The batches of the optimizer steps after ``first_step``, ``gradient_accumulation_steps`` for each.
@@ -103,6 +110,9 @@ def prepare_run(config: TrainingConfig, inputs: Inputs, accelerator: Accelerator
     _choose_memory_savings(config, pipeline, models)
     parameters = adapter_parameters(models, ADAPTER_NAME)
     optimizer = make_optimizer(config, parameters, accelerator.num_processes)
+    freezing = AdaptiveVectorFreezing(parameters, config.freezing) if config.freezing is not None else None
+    if freezing is not None:
+        freezing.attach(optimizer)
     assert config.max_train_steps is not None
     return Run(
         config=config,
@@ -111,6 +121,7 @@ def prepare_run(config: TrainingConfig, inputs: Inputs, accelerator: Accelerator
         models=models,
         parameters=parameters,
         optimizer=accelerator.prepare_optimizer(optimizer),
+        freezing=freezing,
         lr_scheduler=get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -167,26 +178,48 @@ def resolve_defaults(
     config: TrainingConfig, pipeline: DiffusionPipeline, number_of_photos: int, accelerator: Accelerator
 ) -> TrainingConfig:
     """The settings with everything filled in that depends on the base model, the photos or the processes."""
-    learning_rate = config.learning_rate or default_learning_rate(
-        config.method, config.pattern, config.pretrained_model_name_or_path
-    )
+    adapter = adapter_config(config)
+    rates = default_learning_rates(config.method, config.pattern, config.pretrained_model_name_or_path)
+    learning_rate = config.learning_rate or rates.values
     return dataclasses.replace(
-        config,
+        with_resolved_freezing(config),
         resolution=config.resolution or default_resolution(pipeline),
         off_diagonals=config.resolved_off_diagonals,
+        fraction=adapter.fraction,
+        select=adapter.select,
+        train_bias=adapter.train_bias,
         max_train_steps=config.steps(number_of_photos, accelerator.num_processes),
         learning_rate=learning_rate,
         text_encoder_lr=(config.text_encoder_lr or learning_rate) if config.train_text_encoder else None,
+        learning_rate_1d=(config.learning_rate_1d or rates.one_dimensional) if config.trains_one_dimensional else None,
         mixed_precision=accelerator.mixed_precision,
+    )
+
+
+def with_resolved_freezing(config: TrainingConfig) -> TrainingConfig:
+    """The settings with the numbers of adaptive vector freezing filled in."""
+    freezing = config.freezing
+    if freezing is None:
+        return dataclasses.replace(config, freezing_number=0)
+    return dataclasses.replace(
+        config,
+        freezing_number=freezing.number_of_freezings,
+        freezing_warmup_steps=freezing.warmup_steps,
+        freezing_interval=freezing.interval,
+        freezing_smoothing=freezing.smoothing,
     )
 
 
 def check_layers(config: TrainingConfig, models: dict[str, nn.Module]) -> None:
     """Raise `UserError` if a layer can't carry the adapter: better before class images are drawn than after."""
     wanted = adapter_config(config)
+    vectors = 0
     for model in models.values():
-        for path in matching_layers(model, config.targets):
-            layer_options(model.get_submodule(path), path, wanted)
+        for path in preset_layers(model, wanted):
+            options, _ = layer_options(model.get_submodule(path), path, wanted)
+            vectors += len(options.parts)
+    if config.freezing is not None:
+        config.freezing.number_frozen(vectors)
 
 
 def draw_class_pictures(config: TrainingConfig, pipeline: DiffusionPipeline, prompts: list[str]) -> list[Picture]:
@@ -227,15 +260,15 @@ def base_fingerprint(pipeline: DiffusionPipeline) -> str:
 def make_optimizer(
     config: TrainingConfig, parameters: dict[str, nn.Parameter], number_of_processes: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW with one group of parameters for each adapted model."""
+    """AdamW with a group of parameters for each adapted model's values, and one for all that is one-dimensional."""
     scale = config.pictures_per_step * number_of_processes if config.scale_lr else 1
-    rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_lr}
-    groups: list[dict[str, Any]] = []
-    for component, rate in rates.items():
-        values = [parameter for name, parameter in parameters.items() if name.startswith(f"{component}.")]
-        if values:
-            assert rate is not None
-            groups.append({"params": values, "lr": rate * scale})
+    by_rate: dict[str, list[nn.Parameter]] = {"learning_rate": [], "text_encoder_lr": [], "learning_rate_1d": []}
+    for name, parameter in parameters.items():
+        values_rate = "text_encoder_lr" if name.startswith("text_encoder") else "learning_rate"
+        by_rate[values_rate if split_tensor_name(name)[1] == "values" else "learning_rate_1d"].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": members, "lr": getattr(config, rate) * scale} for rate, members in by_rate.items() if members
+    ]
     if config.use_8bit_adam:
         import bitsandbytes
 

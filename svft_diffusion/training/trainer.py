@@ -13,6 +13,7 @@ from accelerate.utils import tqdm  # shows a bar in the first process only
 
 from svft_diffusion.data.dataset import keyed_generator
 from svft_diffusion.errors import UserError
+from svft_diffusion.factors import configure_cache
 from svft_diffusion.training.batches import Batch
 from svft_diffusion.training.card import write_card, write_config
 from svft_diffusion.training.checkpoints import ADAPTER_FILE
@@ -20,7 +21,7 @@ from svft_diffusion.training.checks import Inputs, check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.hub import push_to_hub
 from svft_diffusion.training.interruption import Interruption
-from svft_diffusion.training.metrics import MetricsLog
+from svft_diffusion.training.metrics import FreezingLog, MetricsLog
 from svft_diffusion.training.objective import Losses, denoising_losses, draw_randomness
 from svft_diffusion.training.persistence import resume, save_result, save_run
 from svft_diffusion.training.setup import Run, make_accelerator, prepare_run
@@ -67,6 +68,8 @@ def train(config: TrainingConfig, *, on_step: Callable[[StepReport], None] | Non
     """
     started = time.perf_counter()
     inputs = check(config)
+    if config.factor_cache is not None or config.factor_cache_size is not None:
+        configure_cache(config.factor_cache, config.factor_cache_size)
     # Training seeds torch at every step; the caller's own random numbers are not touched by that.
     with torch.random.fork_rng(devices=[]):
         accelerator = make_accelerator(config)
@@ -114,6 +117,7 @@ def _run_steps(run: Run, first_step: int, on_step: Callable[[StepReport], None] 
     loss = math.nan
     batches = run.batches(first_step)
     log = MetricsLog(accelerator, config.output_dir, first_step)
+    freezing_log = FreezingLog(config.output_dir, run.freezing if accelerator.is_main_process else None)
     if first_step == 0:
         draw_samples(run, 0)
     progress = tqdm(initial=first_step, total=run.total_steps, desc="training")
@@ -124,6 +128,7 @@ def _run_steps(run: Run, first_step: int, on_step: Callable[[StepReport], None] 
                 metrics = _optimizer_step(run, batches, step)
                 loss = metrics["loss"]
                 log.write(step, metrics)
+                freezing_log.write()
                 progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 progress.update()
                 if step % config.checkpointing_steps == 0:
@@ -156,6 +161,8 @@ def _optimizer_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, 
         prior = losses.prior if losses.prior is not None else torch.zeros_like(losses.total)
         sums += torch.stack((losses.total, losses.instance, prior)).detach()
     loss, instance_loss, prior_loss = accelerator.reduce(sums / config.gradient_accumulation_steps, "mean").tolist()
+    if run.freezing is not None:
+        run.freezing.drop_gradients()
     _average_gradients(run)
     gradient_norm = float(accelerator.clip_grad_norm_(run.parameters.values(), config.max_grad_norm))
     # With fp16 a gradient that overflowed is normal: the scaler leaves the step out and scales less.
@@ -207,9 +214,15 @@ def _announce(run: Run, first_step: int) -> None:
             if lost := run.family.truncated_text(prompt):
                 say(f"the text encoder does not read the end of a prompt: {lost!r}")
     say(
-        f"training {run.trained_values:,} values in {len(run.parameters)} layers of {' and '.join(run.models)}, "
+        f"training {run.trained_values:,} values in {run.adapted_layers} layers of {' and '.join(run.models)}, "
         f"{run.total_steps} steps, learning rate {run.config.learning_rate:g}"
     )
+    if (settings := run.config.freezing) is not None:
+        frozen = settings.number_frozen(len(run.parameters))
+        say(
+            f"from step {settings.warmup_steps} to {settings.last_step}, the {frozen} of {len(run.parameters)} vectors "
+            f"that trained most are frozen, chosen anew every {settings.interval} steps"
+        )
     if first_step:
         say(f"going on from step {first_step}")
 
