@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -74,7 +75,7 @@ class OtherMachine:
         self.change: Change | None = None
         monkeypatch.setattr(tuner, "cached_factors_of", self._factors_of)
 
-    def _factors_of(self, weights: Mapping[str, Tensor]) -> dict[str, SingularFactors]:
+    def _factors_of(self, weights: Mapping[str, Tensor], **options: bool) -> dict[str, SingularFactors]:
         factors = cached_factors_of(weights, progress=False)
         return {path: self.change(found) if self.change else found for path, found in factors.items()}
 
@@ -195,6 +196,22 @@ def test_a_state_dict_of_another_base_is_said(caplog: pytest.LogCaptureFixture) 
     adapter = {name: tensor for name, tensor in source.state_dict().items() if "spectral" in name}
     target.load_state_dict(adapter, strict=False)
     assert "is this the base model it was trained on?" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["svft plain", "svft banded 1", "svft random"])
+@pytest.mark.parametrize("same_base", [True, False])
+def test_a_small_layer_is_measured_too(
+    method: str, same_base: bool, other_machine: OtherMachine, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(7, 9)
+    source, target = Holder(base), Holder(copy.deepcopy(base) if same_base else nn.Linear(7, 9))
+    add(source, method)
+    other_machine.change = flipped
+    add(target, method)
+    adapter = {name: tensor for name, tensor in source.state_dict().items() if "spectral" in name}
+    target.load_state_dict(adapter, strict=False)
+    assert ("is this the base model it was trained on?" in caplog.text) != same_base
 
 
 @pytest.mark.parametrize("damage", [lambda sketch: sketch[:2], lambda sketch: sketch[:-5], lambda sketch: sketch + 97])

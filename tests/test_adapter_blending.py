@@ -20,6 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from svft_diffusion.adapters.injection import remove
 from svft_diffusion.adapters.layers import SpectralLayer
+from svft_diffusion.errors import UserError
 
 # Methods of the adapters a, b, ... on one layer.
 BLENDS = {
@@ -150,10 +151,9 @@ def test_every_sample_has_its_own_adapters(blend: str, layer_name: str, dtype: t
     assert relative_error(doubled, torch.cat([output, output])) <= tolerance
 
 
-@every_layer
-def test_one_input_for_all_samples_is_spread_over_them(layer_name: str) -> None:
-    layer, _ = blended("all alike", layer_name)
-    x = layer_input(layer_name)[:1]
+def test_one_row_of_ids_for_all_samples_is_spread_over_them() -> None:
+    layer, _ = blended("all alike", "embedding wide")
+    x = layer_input("embedding wide")[:1]
     layer.sample_weights = list(SAMPLES)
     spread = layer(x)
     assert relative_error(spread, layer(torch.cat([x, x, x]))) <= 1e-6
@@ -163,8 +163,10 @@ def test_one_input_for_all_samples_is_spread_over_them(layer_name: str) -> None:
 def test_a_batch_that_the_samples_do_not_divide_is_refused() -> None:
     layer, _ = blended("all alike", "linear tall")
     layer.sample_weights = list(SAMPLES)
-    with pytest.raises(ValueError, match="a batch of 2 can't be shared by 3 samples' adapters"):
+    with pytest.raises(UserError, match="a batch of 2 can't be shared by 3 samples' adapters"):
         layer(layer_input("linear tall")[:2])
+    with pytest.raises(UserError, match=r"a batch of 1 .* give one prompt for each sample"):
+        layer(layer_input("linear tall")[:1])
 
 
 # Beside a LoRA

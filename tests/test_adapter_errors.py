@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from tiny_models import tiny_unet
 from torch import Tensor, nn
 
 from svft_diffusion import SiVAConfig, SVDiffConfig, SVFTConfig, VectorFitConfig
-from svft_diffusion.adapters import SpectralConfig, add_training_adapter
+from svft_diffusion.adapters import SpectralConfig, add_training_adapter, tuner
 from svft_diffusion.adapters.injection import inject, remove, spectral_layers
 from svft_diffusion.errors import UserError
-from svft_diffusion.factors import cache
+from svft_diffusion.factors import cache, cached_factors_of
 from svft_diffusion.spectral import SingularFactors, decompose
 
 TARGETS = ["wide", "tall", "square"]
@@ -97,10 +98,13 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
             "unknown pattern 'banded' for method svdiff; choose from plain",
         ),
         (lambda: SVFTConfig(pattern="banded"), "off_diagonals of at least 1, got 0; 2 is a good start"),
-        (lambda: SVFTConfig(off_diagonals=2), "plain has no off-diagonals, got off_diagonals=2; use pattern banded"),
+        (
+            lambda: SVFTConfig(off_diagonals=2),
+            "plain has no off-diagonals, got off_diagonals=2; use pattern banded, or off_diagonals 0",
+        ),
         (
             lambda: SpectralConfig(method="siva", off_diagonals=1),
-            "plain has no off-diagonals, got off_diagonals=1; use method svft with pattern banded",
+            "plain has no off-diagonals, got off_diagonals=1; use method svft with pattern banded, or off_diagonals 0",
         ),
         (lambda: SVFTConfig(pattern="random", off_diagonals=-1), "off_diagonals can't be negative, got -1"),
         (lambda: SVFTConfig(rank=0), r"rank must be at least 1 \(or left out, for all singular values\), got 0"),
@@ -328,6 +332,22 @@ def test_a_name_that_is_taken_is_refused(config: SpectralConfig, name: str) -> N
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(("rank", "shown"), [(None, True), ("0", True), ("1", False)])
+def test_one_process_of_a_launcher_shows_a_bar(rank: str | None, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(weights: dict[str, Tensor], *, progress: bool) -> dict[str, SingularFactors]:
+        asked.append(progress)
+        return cached_factors_of(weights, progress=False)
+
+    monkeypatch.setattr(tuner, "cached_factors_of", recorded)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    inject(Net(), SVFTConfig(target_modules=["wide"]), "dog")
+    assert asked == [shown]
+
+
 def test_the_config_of_the_caller_is_not_changed() -> None:
     config = SVFTConfig()
     with pytest.raises(UserError):
@@ -349,3 +369,11 @@ def test_training_on_several_models_is_all_or_nothing(make_model: Callable[[], N
         add_training_adapter({"unet": good, "text_encoder": bad}, SVFTConfig(target_modules=TARGETS))
     assert_unchanged(good, before[0])
     assert_unchanged(bad, before[1])
+
+
+def test_a_model_of_diffusers_takes_another_adapter_after_a_refusal() -> None:
+    unet = tiny_unet()
+    with pytest.raises(UserError, match="fewer than rank=5000"):
+        unet.add_adapter(SVFTConfig(rank=5000), "a")
+    unet.add_adapter(SVFTConfig(), "a")
+    assert spectral_layers(unet, "a")

@@ -145,3 +145,26 @@ def test_16_bit_computes_nearly_the_same_with_float32_values(
         assert tensor.grad is not None and tensor.grad.dtype == torch.float32 and tensor.grad.isfinite().all()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert relative_error(layer(x), rounded) <= tolerance
+
+
+# Float64
+
+
+@pytest.mark.parametrize(
+    "layer_name", ["linear tall", "conv 2-D", "embedding tall", "transformers Conv1D", "layer norm"]
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_float64_base_keeps_its_digits(layer_name: str, trains: bool) -> None:
+    layer = adapted_layer("vectorfit", layer_name, dtype=torch.float64, trains=trains)
+    base, x = layer.get_base_layer(), layer_input(layer_name, torch.float64)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.rand_like(parameter), alpha=1e-9)  # what float32 can't hold
+        for part in layer.trained_parts("a").values():
+            part.zero_()
+    assert relative_error(layer(x), base(x)) <= 1e-14
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+        assert relative_error(layer(x), base(x)) <= 1e-14
+    layer.merge()
+    assert torch.equal(layer(x), base(x))
+    layer.unmerge()

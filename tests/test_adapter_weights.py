@@ -152,3 +152,20 @@ def test_samples_that_make_no_sense(models: dict[str, nn.Module]) -> None:
     models["unet"].fuse_lora()
     with pytest.raises(UserError, match="is fused"), per_sample_adapters(models, [{"dog": 1.0}]):
         pass
+
+
+@pytest.mark.parametrize("given", [["dog", "style"], "dog", None])
+def test_names_without_weights_are_refused_with_an_example(models: dict[str, nn.Module], given: object) -> None:
+    with pytest.raises(UserError, match=r"such as \{'dog': 1.0\}"):
+        set_adapters(models, given)  # type: ignore[arg-type]
+    if given is not None:
+        with pytest.raises(UserError, match=r"such as \{'dog': 1.0\}"), per_sample_adapters(models, [given]):  # type: ignore[list-item]
+            pass
+
+
+def test_a_component_that_was_compiled_in_place_of_itself_is_found(models: dict[str, nn.Module]) -> None:
+    expected = output(models)
+    models["unet"] = torch.compile(models["unet"], backend="eager")  # type: ignore[assignment]
+    set_adapters(models, {"dog": 0.0})
+    set_adapters(models, {"dog": 1.0, "style": 1.0})
+    torch.testing.assert_close(output(models), expected, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,6 +95,36 @@ def test_a_second_adapter_joins_what_is_fused(layer_name: str) -> None:
     assert torch.equal(layer(x), both)
 
 
+def test_what_is_fused_keeps_the_strength_it_was_fused_at() -> None:
+    model = Holder(base_layer("linear tall"))
+    layer = add(model, "svft plain")
+    add(model, "svft random", "b", seed=6)
+    layer.set_adapter(["a", "b"], inference_mode=True)
+    weight = layer.get_base_layer().weight.detach().clone()  # type: ignore[operator]
+    updates = [layer.get_delta_weight(name) for name in "ab"]
+    layer.scale_layer(0.5)  # as fuse_lora(lora_scale=0.5, adapter_names=["a"]) does
+    layer.merge(adapter_names=["a"])
+    layer.set_scale("a", 3.0)
+    layer.merge(adapter_names=["b"])
+    expected = weight + 0.5 * updates[0] + updates[1]
+    torch.testing.assert_close(layer.get_base_layer().weight.detach(), expected, rtol=0, atol=1e-6)  # type: ignore[operator]
+
+
+@every_kind
+@pytest.mark.parametrize("method", ["svft plain", "svft random"])
+def test_what_is_taken_out_is_what_was_put_in(layer_name: str, method: str) -> None:
+    layer = adapted_layer(method, layer_name)
+    before = layer.get_base_layer().weight.detach().clone()  # type: ignore[operator]
+    layer.merge()
+    randomize(layer, "a", 8)
+    if layer.positions("a") is not None:
+        layer.positions("a").copy_(torch.arange(len(layer.positions("a"))))  # type: ignore[arg-type,union-attr]
+    with torch.no_grad():
+        layer.get_base_layer().weight.add_(1)  # type: ignore[operator]
+    layer.unmerge()
+    torch.testing.assert_close(layer.get_base_layer().weight.detach(), before + 1, rtol=0, atol=2e-6)  # type: ignore[operator]
+
+
 @every_kind
 def test_what_somebody_else_adds_while_an_adapter_is_fused_stays(layer_name: str) -> None:
     layer = adapted_layer("svft plain", layer_name)
@@ -176,6 +209,45 @@ def test_an_optimizer_step_is_noticed(
         assert relative_error(output, explicit_output(layer, x, {"a": ("svft banded 1", 1.0)})) <= 1e-5
         output.sum().backward()
         stepper.step()
+
+
+@pytest.mark.parametrize("layer_name", ["linear tall", "layer norm"])
+def test_threads_may_share_a_layer(layer_name: str) -> None:
+    layer = adapted_layer("svft plain", layer_name)
+    x = layer_input(layer_name)
+    weight, expected = layer.get_base_layer().weight, layer(x)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            outputs = list(pool.map(layer, [x] * 1000))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(output, expected) for output in outputs)
+    assert layer.get_base_layer().weight is weight
+
+
+@pytest.mark.parametrize("layer_name", ["linear tall", "conv 2-D", "layer norm"])
+def test_a_layer_that_trains_keeps_no_second_weight(layer_name: str) -> None:
+    layer = adapted_layer("siva top", layer_name, trains=True)
+    x = layer_input(layer_name)
+    with torch.no_grad():
+        layer(x)
+    folded = layer._folded
+    assert folded is not None
+    reference = weakref.ref(folded)
+    del folded
+    layer(x)
+    assert reference() is None
+
+
+def test_a_layer_without_adapters_keeps_no_second_weight() -> None:
+    layer = adapted_layer("siva top", "linear tall")
+    layer(layer_input("linear tall"))
+    folded = weakref.ref(layer._folded)  # type: ignore[arg-type]
+    layer.delete_adapter("a")
+    assert folded() is None
+    assert torch.equal(layer(layer_input("linear tall")), base_layer("linear tall")(layer_input("linear tall")))
 
 
 @every_case

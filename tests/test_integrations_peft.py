@@ -146,7 +146,7 @@ def flip_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine: every other singular pair has the other sign."""
     original = tuner.cached_factors_of
 
-    def flipped(weights: dict[str, Tensor]) -> dict[str, SingularFactors]:
+    def flipped(weights: dict[str, Tensor], **options: bool) -> dict[str, SingularFactors]:
         found = {}
         for path, (U, S, Vh) in original(weights).items():
             signs = torch.where(torch.arange(len(S)) % 2 == 0, -1.0, 1.0)

@@ -202,6 +202,19 @@ def test_no_bias_no_tokens_and_strided_input(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [(9,), (2, 5)])
+def test_the_output_may_be_changed_in_place(strategy: Strategy, rows: tuple[int, ...]) -> None:
+    layer = adapted((12, 20), 1)
+    x = random(*rows, 20, seed=4)
+    gradients = [
+        torch.autograd.grad((run_linear(x, layer, strategy) + 1).relu().sum(), layer.trained),
+        torch.autograd.grad(run_linear(x, layer, strategy).add_(1).relu_().sum(), layer.trained),
+    ]
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpointing_and_modes_without_gradients(strategy: Strategy) -> None:
     layer = adapted((12, 20), 1)
     x = random(9, 20, seed=4).requires_grad_()

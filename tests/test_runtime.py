@@ -54,6 +54,8 @@ CONFIGS = {
     "siva": SiVAConfig(fraction=0.4, select="bottom"),
     "siva random": SiVAConfig(fraction=0.4, select="random", seed=5),
     "all": SVDiffConfig(targets="all", train_bias=True, norm_shift="scalar"),
+    "all but norms": SVDiffConfig(targets="all", train_norm=False),
+    "biases and norms": SpectralConfig(method="vectorfit", train_values=False, train_bias=True, train_norm=True),
 }
 # The text encoder has no cross-attention.
 COMPONENTS_OF = {"top_k": ("unet",)}
@@ -120,7 +122,8 @@ def test_a_saved_adapter_paints_the_same_picture_in_a_fresh_pipeline(
     assert not caplog.records
     assert np.array_equal(picture(pipe), expected)
     assert np.abs(expected - base).max() > 1e-3
-    assert not any(p.requires_grad for layer in spectral_layers(pipe.unet).values() for p in layer.parameters())
+    own = [p for layer in spectral_layers(pipe.unet).values() for p in layer.trained_parts("dog").values()]
+    assert own and not any(parameter.requires_grad for parameter in own)
     header = read_header(file)
     assert header.components == {component: len(spectral_layers(getattr(pipe, component))) for component in components}
     assert (header.trigger, header.targets, header.training) == ("sks", CONFIGS[kind].targets, {"steps": 3})

@@ -16,6 +16,7 @@ from PIL import Image, ImageFont
 from svft_diffusion import load_adapter, set_adapters, unload_adapter
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
+from svft_diffusion.factors import location
 from svft_diffusion.models.loading import load_pipeline
 from svft_diffusion.sampling import sample as sample_module
 from svft_diffusion.sampling.adapter_choice import AdapterChoice, adapter_label, parse_adapter_choice, unique_names
@@ -297,6 +298,8 @@ def test_bad_input_is_refused_before_the_model_loads(
         ({"adapter": [str(models.foreign)]}, "was trained on the base"),
         ({"device": "gpu"}, "device"),
         ({"output_dir": blocked}, "can't write"),
+        ({"factor_cache": blocked}, "is a file; give a folder"),
+        ({"factor_cache_size": "lots"}, "is not a size"),
     ]
     for change, reason in cases:
         settings = {"output_dir": tmp_path / "out", **change}
@@ -304,6 +307,21 @@ def test_bad_input_is_refused_before_the_model_loads(
             sample(config_for(models, settings.pop("output_dir"), **settings))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_can_not_be_loaded_leaves_no_folder(models: ModelsOnDisk, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be loaded"):
+        sample(config_for(models, tmp_path / "out", variant="fp99"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_decompositions_go_where_the_settings_say(
+    models: ModelsOnDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(location, "_chosen_folder", None)
+    monkeypatch.setattr(location, "_chosen_size", None)
+    sample(config_for(models, tmp_path / "out", adapter=[str(models.dog)], factor_cache=tmp_path / "cache"))
+    assert list((tmp_path / "cache").glob("*.factors"))
 
 
 def test_command(

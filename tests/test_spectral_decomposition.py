@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -83,6 +84,30 @@ def test_several_threads_decompose_at_once_and_leave_the_number_of_threads_as_it
         torch.set_num_threads(1)
     for one, other in zip(expected, found, strict=True):
         assert all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def test_every_thread_decomposes_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    both_are_in, numbers = Barrier(2), []
+    svd = torch.linalg.svd
+
+    def counted(*arguments: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        both_are_in.wait(10)
+        numbers.append(torch.get_num_threads())
+        return svd(*arguments, **options)
+
+    def own_number_around(weight: Tensor) -> int:
+        torch.get_num_threads()  # the first question in a thread would take over another thread's number
+        torch.set_num_threads(2)
+        decompose(weight)
+        return torch.get_num_threads()
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(own_number_around, [random_matrix(6, 4)] * 2)) == [2, 2]
+    finally:
+        torch.set_num_threads(1)
+    assert numbers == [1, 1]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ LAYOUT_FIELDS = (
 _NOTHING_LEFT = 1.0
 
 _logger = logging.getLogger(__name__)
+
+
+class BaseDifference(NamedTuple):
+    """How the base at hand differs from that of the training, going by their fingerprints."""
+
+    weights: str | None  # what to say of other weights; None where they are the same
+    precision: bool  # whether they agree only when they are rounded to 16 bit
 
 
 def check_choice(on_mismatch: str) -> None:
@@ -114,11 +121,11 @@ def check_layout(file: Path, header: AdapterHeader, config: SpectralConfig, name
 
 def difference_of_base(
     pipe: object, file: Path, header: AdapterHeader, tensors: Mapping[str, Tensor], on_mismatch: OnMismatch
-) -> str | None:
-    """What to say of a base whose fingerprint is not that of the training; None where it is.
+) -> BaseDifference:
+    """Compare the fingerprint of the base at hand with that of the training.
 
     Raises:
-        UserError: it is not, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer.
+        UserError: the weights are others, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer.
     """
     fingerprint = fingerprint_of_pipeline(pipe, layer_names(tensors))
     try:
@@ -126,12 +133,12 @@ def difference_of_base(
     except UserError as problem:
         if on_mismatch == "error":
             raise
-        return str(problem)
-    return None
+        return BaseDifference(str(problem), precision=False)
+    return BaseDifference(None, precision=set(fingerprint.split()) != set(header.base.fingerprint.split()))
 
 
 def judge_update(
-    file: Path, error: UpdateError, on_mismatch: OnMismatch, other_base: str | None, in_16_bit: bool
+    file: Path, error: UpdateError, on_mismatch: OnMismatch, difference: BaseDifference, in_16_bit: bool
 ) -> None:
     """Accept, warn about or refuse what an adapter does on this base; `load_adapter` says which is when.
 
@@ -139,17 +146,23 @@ def judge_update(
         UserError: refused.
     """
     same = error.total <= LARGEST_SILENT_ERROR  # not so where it is no number
-    if same and other_base is None:
+    if same and difference.weights is None:
         return
     found = f"the update of {file.name} differs from the trained one by {error}"
-    if on_mismatch == "error" and not in_16_bit:
+    if on_mismatch == "error" and not (in_16_bit or difference.precision):
         raise UserError(
             f"{found}: the singular vectors of this base are not those of the training; "
             'on_mismatch="align" accepts the difference'
         )
-    if on_mismatch == "align" and not error.total < _NOTHING_LEFT:
+    if on_mismatch != "force" and not error.total < _NOTHING_LEFT:
         raise UserError(f'{found}: nothing is left of it on this base; only on_mismatch="force" loads it all the same')
-    reason = other_base or ("the base is in 16 bit" if in_16_bit else "the base has the fingerprint of the training")
+    if in_16_bit:
+        same_weights = "the base is in 16 bit"
+    elif difference.precision:
+        same_weights = "the base has the weights of the training in another precision"
+    else:
+        same_weights = "the base has the fingerprint of the training"
+    reason = difference.weights or same_weights
     _logger.warning("%s; %s", reason, found)
 
 

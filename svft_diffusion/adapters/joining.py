@@ -18,13 +18,6 @@ class _Activity(NamedTuple):
     layer: SpectralLayer
     active: list[str]
     disabled: bool
-    trainable: list[tuple[nn.Parameter, bool]]
-
-    @classmethod
-    def of(cls, layer: SpectralLayer) -> _Activity:
-        parameters = [parameter for name in layer.options for parameter in layer.trained_parts(name).values()]
-        trainable = [(parameter, parameter.requires_grad) for parameter in parameters]
-        return cls(layer, list(layer.active_adapters), layer.disable_adapters, trainable)
 
 
 @contextmanager
@@ -34,9 +27,14 @@ def joining(models: Mapping[str, nn.Module], name: str) -> Iterator[None]:
     If anything goes wrong within, an interruption too, it is removed and all is as it was.
     """
     before = {
-        component: [_Activity.of(layer) for layer in spectral_layers(model).values()]
+        component: [
+            _Activity(layer, list(layer.active_adapters), layer.disable_adapters)
+            for layer in spectral_layers(model).values()
+        ]
         for component, model in models.items()
     }
+    # PEFT freezes the base, in which PyTorch rounds 16-bit products on the CPU otherwise than in one that trains.
+    trains = [(parameter, parameter.requires_grad) for model in models.values() for parameter in model.parameters()]
     try:
         yield
         for component, model in models.items():
@@ -48,12 +46,10 @@ def joining(models: Mapping[str, nn.Module], name: str) -> Iterator[None]:
         for model in models.values():
             remove(model, name)
         for activities in before.values():
-            for layer, others, disabled, _ in activities:
+            for layer, others, disabled in activities:
                 layer.enable_adapters(not disabled)
                 layer.set_adapter(others, inference_mode=True)
         raise
     finally:
-        for activities in before.values():
-            for activity in activities:
-                for parameter, trains in activity.trainable:
-                    parameter.requires_grad_(trains)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)

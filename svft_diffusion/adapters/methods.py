@@ -265,7 +265,8 @@ def check_options(config: SpectralConfig) -> None:
 
 def _check_off_diagonals(config: SpectralConfig) -> None:
     if config.pattern == "plain" and config.off_diagonals != 0:
-        remedy = "use pattern banded" if config.method == "svft" else "use method svft with pattern banded"
+        banded = "pattern banded" if config.method == "svft" else "method svft with pattern banded"
+        remedy = f"use {banded}, or off_diagonals 0"
         raise UserError(f"pattern plain has no off-diagonals, got off_diagonals={config.off_diagonals}; {remedy}")
     if config.pattern == "banded" and config.off_diagonals < 1:
         raise UserError(

@@ -22,6 +22,7 @@ from svft_diffusion.adapters.alignment import (
 from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.fitting import (
     LAYOUT_FIELDS,
+    BaseDifference,
     OnMismatch,
     check_choice,
     check_fit,
@@ -36,8 +37,9 @@ from svft_diffusion.adapters.injection import adapters_of, inject, refuse_fused,
 from svft_diffusion.adapters.joining import joining
 from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.names import usable_adapter_name
-from svft_diffusion.adapters.targets import PRESETS, matching_layers
+from svft_diffusion.adapters.targets import PRESETS
 from svft_diffusion.adapters.training import adapted_layers, adapter_state, copy_tensors, live_tensors
+from svft_diffusion.adapters.tuner import preset_layers
 from svft_diffusion.adapters.weights import check_loaded
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.adapter_file import read_adapter, write_adapter
@@ -64,11 +66,12 @@ def load_adapter(
     relative to its size. ``on_mismatch`` says what to do when the base or the update is not the same:
 
     * ``error``: refuse other base weights (by their fingerprint), and an update that is off by more than 0.1 %.
-      In 16 bit, with a checkpoint that can't be reached to read the full values from, rounding alone can exceed
-      that; the base is the right one, so the adapter is loaded and the measured error logged as a warning.
-    * ``align``: accept the same weights in another precision and slightly other weights, such as a fine-tuned
-      copy; the measured error is logged as a warning. Refused is only what leaves nothing of the update: an error
-      of 100 % or more.
+      Where the base is in 16 bit, or that of the training was, rounding alone can exceed that; the base is the
+      right one, so the adapter is loaded and the measured error logged as a warning.
+    * ``align``: accept slightly other weights too, such as a fine-tuned copy; the measured error is logged as a
+      warning.
+
+      Both refuse what leaves nothing of the update: an error of 100 % or more.
     * ``force``: load the values as they are, without alignment, with a warning on all that differs.
 
     Args:
@@ -94,12 +97,12 @@ def load_adapter(
     for component, by_path in paths.items():
         refuse_fused(components[component], f"load {file.name}")
         check_fit(file, component, components[component], configs[component], by_path, tensors)
-    other_base = difference_of_base(pipe, file, header, tensors, on_mismatch)
+    difference = difference_of_base(pipe, file, header, tensors, on_mismatch)
     models = {component: components[component] for component in paths}
     with joining(models, name):
         for component, by_path in paths.items():
             inject(models[component], configs[component], name, list(by_path))
-        _fill(layers_by_name(models, name), name, file, tensors, on_mismatch, other_base)
+        _fill(layers_by_name(models, name), name, file, tensors, on_mismatch, difference)
     return name
 
 
@@ -121,11 +124,11 @@ def swap_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, on_mi
         refuse_fused(model, f"swap {name!r}")
     for model in models.values():
         check_layout(file, header, _config_in(model, name), name)
-    other_base = difference_of_base(models, file, header, tensors, on_mismatch)
+    difference = difference_of_base(pipe, file, header, tensors, on_mismatch)
     before = {key: tensor.detach().clone() for key, tensor in live_tensors(layers, name).items()}
     sketches = {canonical: layer.sketch(name) for canonical, layer in layers.items()}
     try:
-        _fill(layers, name, file, tensors, on_mismatch, other_base)
+        _fill(layers, name, file, tensors, on_mismatch, difference)
     except BaseException:
         copy_tensors(layers, name, before)  # the positions, which the alignment goes by
         for canonical, layer in layers.items():
@@ -171,7 +174,7 @@ def save_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, metad
     config = _config_in(next(iter(used.values())), name)
     options = {field: getattr(config, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
     header = AdapterHeader(
-        **{**options, "targets": _targets_label(used, name, config.targets)},
+        **{**options, "targets": _targets_label(used, name, config)},
         components={component: len(spectral_layers(model, name)) for component, model in used.items()},
         base=BaseModel(
             name=metadata.base_name,
@@ -199,7 +202,7 @@ def _fill(
     file: Path,
     tensors: Mapping[str, Tensor],
     on_mismatch: OnMismatch,
-    other_base: str | None,
+    difference: BaseDifference,
 ) -> None:
     """Give an adapter the contents of a file, on the basis that it describes, and judge what comes of it."""
     bases = stored_bases(tensors)
@@ -208,7 +211,7 @@ def _fill(
         if on_mismatch != "force":
             align_layers(layers, name, bases)
         error = measured_error(layers, name, bases)
-    judge_update(file, error, on_mismatch, other_base, in_16_bit(layers.values()))
+    judge_update(file, error, on_mismatch, difference, in_16_bit(layers.values()))
 
 
 def _config_of(header: AdapterHeader, paths: Iterable[str]) -> SpectralConfig:
@@ -223,14 +226,14 @@ def _config_in(model: nn.Module, name: str) -> SpectralConfig:
     return config
 
 
-def _targets_label(models: Mapping[str, nn.Module], name: str, preset: str) -> str:
+def _targets_label(models: Mapping[str, nn.Module], name: str, config: SpectralConfig) -> str:
     """The preset if it names exactly the adapted layers, else ``custom``."""
-    if preset not in PRESETS:
+    if config.targets not in PRESETS:
         return "custom"
     for model in models.values():
         try:
-            if set(matching_layers(model, preset)) != set(spectral_layers(model, name)):
+            if set(preset_layers(model, config)) != set(spectral_layers(model, name)):
                 return "custom"
         except UserError:
             return "custom"
-    return preset
+    return config.targets

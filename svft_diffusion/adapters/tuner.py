@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ class SpectralModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             for parameter, trained in trains:
                 parameter.requires_grad_(trained)
+            if not getattr(model, "peft_config", None):  # diffusers and transformers say it beforehand
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         finally:
             self._prepared = {}
@@ -150,7 +153,8 @@ def prepare_layers(model: nn.Module, paths: Sequence[str], config: SpectralConfi
             factors[path] = layer.factors
         else:
             to_decompose[path] = _weight_to_decompose(model, path, base_module(module))
-    factors |= cached_factors_of(to_decompose)
+    # torchrun and accelerate start a process for each device: one bar stands for all of them.
+    factors |= cached_factors_of(to_decompose, progress=os.environ.get("LOCAL_RANK", "0") == "0")
     return {
         path: PreparedLayer(
             options[path],

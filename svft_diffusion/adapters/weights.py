@@ -34,6 +34,7 @@ def set_adapters(pipe: object, weights: Mapping[str, AdapterWeight]) -> None:
         UserError: unknown adapter, component or block, a weight that is no finite number, or an adapter is fused;
             nothing is changed then.
     """
+    _check_mapping(weights)
     components = components_of(pipe)
     layers = {component: indexed_layers(model) for component, model in components.items()}
     check_loaded(components, weights)
@@ -62,6 +63,8 @@ def per_sample_adapters(pipe: object, weights: Sequence[Mapping[str, AdapterWeig
     """
     if not weights:
         raise UserError("weights of adapters are needed for at least one sample")
+    for of_sample in weights:
+        _check_mapping(of_sample)
     components = components_of(pipe)
     layers = {component: indexed_layers(model) for component, model in components.items()}
     samples = []
@@ -97,6 +100,11 @@ def _refuse_fused(layers: Mapping[str, Mapping[str, SpectralLayer]], action: str
             if layer.merged:
                 fused = ", ".join(layer.merged_adapters)
                 raise UserError(f"can't {action} while {fused} is fused (layer {path}); call pipe.unfuse_lora() first")
+
+
+def _check_mapping(weights: object) -> None:
+    if not isinstance(weights, Mapping):
+        raise UserError(f"adapters are given with their weights, such as {{'dog': 1.0}}; got {weights!r}")
 
 
 def _weights_by_layer(

@@ -12,6 +12,7 @@ from svft_diffusion.app.handlers import Handlers
 from svft_diffusion.app.page import STYLE, build_page, theme
 from svft_diffusion.app.studio import Studio
 from svft_diffusion.errors import UserError
+from svft_diffusion.factors import use_cache
 from svft_diffusion.models.loading import resolve_base
 from svft_diffusion.sampling.adapter_choice import adapter_label, parse_adapter_choice
 from svft_diffusion.sampling.devices import resolve_device
@@ -25,6 +26,7 @@ def build_app(config: AppConfig) -> gr.Blocks:
     """
     base = config.pretrained_model_name_or_path
     resolve_base(base)
+    use_cache(config.factor_cache, config.factor_cache_size)
     studio = Studio(
         config.output_dir,
         device=resolve_device(config.device),

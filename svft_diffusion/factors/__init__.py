@@ -6,6 +6,7 @@ from svft_diffusion.factors.location import (
     cache_folder,
     configure_cache,
     default_cache_folder,
+    use_cache,
 )
 from svft_diffusion.factors.parallel import cached_factors_of
 from svft_diffusion.factors.stored import stored_weight
@@ -18,4 +19,5 @@ __all__ = [
     "configure_cache",
     "default_cache_folder",
     "stored_weight",
+    "use_cache",
 ]

@@ -34,6 +34,19 @@ def configure_cache(folder: Path | None, size: str | None) -> None:
     _chosen_size = chosen_size
 
 
+def use_cache(folder: Path | None, size: str | None) -> None:
+    """Take what a command was told of the cache, if anything, before it does any work.
+
+    Raises:
+        UserError: the folder is a file, or flag or environment variable hold no size; nothing was changed.
+    """
+    if folder is not None and folder.expanduser().is_file():
+        raise UserError(f"the factor cache {folder} is a file; give a folder")
+    if folder is not None or size is not None:
+        configure_cache(folder, size)
+    cache_size_limit()
+
+
 def cache_folder() -> Path:
     """The folder given to `configure_cache`, else `default_cache_folder`."""
     return _chosen_folder or default_cache_folder()

@@ -2,11 +2,14 @@
 
 Up to 64 evenly spaced elements of every adapted weight are hashed, cast to float16; and cast to bfloat16, because
 a pipeline loaded in bfloat16 no longer knows its float16 values. A fingerprint reads
-``float16:<hash> bfloat16:<hash>``, and two fingerprints agree when they share a part.
+``float16:<hash> bfloat16:<hash>``, and two fingerprints agree when they share a part. Of a model that was cast down
+when it was loaded, the checkpoint's own values count where they can be reached: rounded to bfloat16 here and to
+float16 there, the same weights would share nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.checkpoint_folder import weight_files
+from svft_diffusion.files.checkpoint_folder import checkpoint_folders, stored_name, weight_files
 from svft_diffusion.files.names import base_module, components_of, module_path, split_canonical_name
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ Sample = tuple[tuple[int, ...], Tensor]  # shape of the weight, its sampled elem
 
 
 def fingerprint_of_pipeline(pipe: object, names: Iterable[str]) -> str:
-    """Fingerprint from live weights, below any adapter layers.
+    """Fingerprint of a loaded model's weights, below any adapter layers.
 
     Args:
         pipe: a pipeline, or a mapping of component names to models.
@@ -40,6 +43,7 @@ def fingerprint_of_pipeline(pipe: object, names: Iterable[str]) -> str:
         UserError: the pipeline lacks one of the layers.
     """
     components = components_of(pipe)
+    checkpoints: dict[str, list[dict[str, Path]]] = {}
     samples = {}
     for name in names:
         component, path = split_canonical_name(name)
@@ -47,12 +51,17 @@ def fingerprint_of_pipeline(pipe: object, names: Iterable[str]) -> str:
             layer = components[component].get_submodule(module_path(components[component], path))
         except (KeyError, AttributeError):
             raise UserError(f"the pipeline has no layer {name}") from None
-        samples[name] = _sample_of_layer(base_module(layer))
+        live = _sample_of_layer(base_module(layer))
+        if live[1].dtype in (torch.float16, torch.bfloat16):
+            if component not in checkpoints:
+                checkpoints[component] = _checkpoints_of(components[component])
+            live = _finer_sample(checkpoints[component], path, live) or live
+        samples[name] = live
     return _fingerprint(samples)
 
 
-def fingerprint_of_folder(folder: str | Path, names: Iterable[str]) -> str | None:
-    """The same fingerprint from a diffusers folder on disk, reading only the sampled rows.
+def fingerprint_of_folder(folder: str | Path, names: Iterable[str], variant: str | None = None) -> str | None:
+    """The same fingerprint from a diffusers folder on disk, or a ``variant`` in it, reading only the sampled rows.
 
     Returns None where ``folder`` is no local diffusers folder with safetensors weights, or lacks one of the layers.
     """
@@ -63,7 +72,7 @@ def fingerprint_of_folder(folder: str | Path, names: Iterable[str]) -> str | Non
     samples = {}
     try:
         for component, component_names in by_component.items():
-            files = weight_files(folder / component)
+            files = weight_files(folder / component, variant)
             for name in component_names:
                 sample = _sample_of_file(files, split_canonical_name(name)[1])
                 if sample is None:
@@ -122,9 +131,27 @@ def _sample_of_layer(layer: nn.Module) -> Sample:
     return tuple(weight.shape), weight.detach().reshape(-1)[positions].cpu()
 
 
+def _checkpoints_of(model: nn.Module) -> list[dict[str, Path]]:
+    found = []
+    for folder in checkpoint_folders(model):
+        with contextlib.suppress(OSError, ValueError, SafetensorError):  # no weights there, or damaged ones
+            found.append(weight_files(folder))
+    return found
+
+
+def _finer_sample(checkpoints: Iterable[Mapping[str, Path]], canonical_path: str, live: Sample) -> Sample | None:
+    """The sample that a checkpoint holds in more bits, if cast to the dtype of ``live`` it is the same."""
+    shape, values = live
+    for files in checkpoints:
+        with contextlib.suppress(OSError, SafetensorError):
+            stored = _sample_of_file(files, canonical_path)
+            if stored is not None and stored[0] == shape and torch.equal(stored[1].to(values.dtype), values):
+                return stored
+    return None
+
+
 def _sample_of_file(files: Mapping[str, Path], canonical_path: str) -> Sample | None:
-    candidates = (f"{canonical_path}.weight", f"{canonical_path.removeprefix('text_model.')}.weight")
-    tensor = next((candidate for candidate in candidates if candidate in files), None)
+    tensor = stored_name(f"{canonical_path}.weight", files)
     if tensor is None:
         return None
     with safe_open(files[tensor], framework="pt") as file:

@@ -27,7 +27,7 @@ def components_of(pipe: object) -> dict[str, nn.Module]:
     for name in COMPONENTS:
         model = pipe.get(name) if isinstance(pipe, Mapping) else getattr(pipe, name, None)
         if isinstance(model, nn.Module):
-            found[name] = model
+            found[name] = getattr(model, "_orig_mod", model)  # what `pipe.unet = torch.compile(pipe.unet)` wraps
     return found
 
 

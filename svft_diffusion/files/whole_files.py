@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,3 +29,21 @@ def replace_when_whole(file: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone already when all went well
             unfinished.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Whether ``folder`` can be created or written into, found out without leaving a trace.
+
+    Raises:
+        UserError: it can't.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"can't write to {folder}: {existing} is a file")
+    try:
+        # Permission bits say nothing of read-only and special file systems, and nothing at all to root.
+        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing).cleanup()
+    except OSError as problem:
+        raise UserError(f"can't write to {folder}: {problem.strerror or problem}") from problem

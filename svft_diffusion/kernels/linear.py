@@ -67,10 +67,13 @@ def adapted_linear(
     call = call_of(x, bias, core.dense, compress)
     with without_autocast(x.device):
         if strategy == "rebuilt":
-            return _Rebuilt.apply(x, bias, core.entries, rebuilt, U, Vh, call)
-        if strategy == "factors":
-            return _Factors.apply(x, bias, core.entries, U, S, Vh, call)
-        return _Activation.apply(x, bias, core.entries, weight, U, Vh, call)
+            y = _Rebuilt.apply(x, bias, core.entries, rebuilt, U, Vh, call)
+        elif strategy == "factors":
+            y = _Factors.apply(x, bias, core.entries, U, S, Vh, call)
+        else:
+            y = _Activation.apply(x, bias, core.entries, weight, U, Vh, call)
+    # Out here: what a Function returns as a view, nobody may change in place (`hidden_states += residual`).
+    return y.view(*x.shape[:-1], U.shape[0])
 
 
 @torch.no_grad()
@@ -129,7 +132,7 @@ class _Factors(torch.autograd.Function):
         y = functional.linear(left, right.mT, None if bias is None else bias.to(dtype))
         kept = keep(a, compress=call.compress).tensors if ctx.needs_input_grad[2] else ()
         ctx.save_for_backward(entries, U, S, Vh, *kept)
-        return y.view(*x.shape[:-1], U.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -162,7 +165,7 @@ class _Activation(torch.autograd.Function):
         y = y.addmm_(*core_into_smaller(a, Core(entries, call.dense), U.to(dtype).mT, transposed=True))
         kept = keep(a, compress=call.compress).tensors if ctx.needs_input_grad[2] else ()
         ctx.save_for_backward(entries, weight, U, Vh, *kept)
-        return y.view(*x.shape[:-1], U.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -196,7 +199,7 @@ class _Rebuilt(torch.autograd.Function):
             # `x` itself where it can be: rows that had to be copied would not be shared with other layers.
             kept = keep(rows, compress=True).tensors if call.compress else (x if x.dtype == dtype else rows,)
         ctx.save_for_backward(entries, rebuilt, U, Vh, *kept)
-        return y.view(*x.shape[:-1], rebuilt.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable

@@ -61,7 +61,7 @@ def parse_adapter_choice(text: str) -> AdapterChoice:
     return AdapterChoice(file / ADAPTER_FILE if file.is_dir() else file, weight)
 
 
-def check_adapters(choices: Sequence[AdapterChoice], base: str) -> list[CheckedAdapter]:
+def check_adapters(choices: Sequence[AdapterChoice], base: str, *, variant: str | None = None) -> list[CheckedAdapter]:
     """Read every file and compare it with the base model ``base``, whose own weights are not loaded for that.
 
     A base on the Hub is compared when it is loaded, not here.
@@ -71,17 +71,19 @@ def check_adapters(choices: Sequence[AdapterChoice], base: str) -> list[CheckedA
     """
     names = unique_names(adapter_label(choice.file) for choice in choices)
     return [
-        check_adapter(choice.file, base, name=name, weight=choice.weight)
+        check_adapter(choice.file, base, name=name, weight=choice.weight, variant=variant)
         for choice, name in zip(choices, names, strict=True)
     ]
 
 
-def check_adapter(file: Path, base: str, *, name: str, weight: float = 1.0) -> CheckedAdapter:
+def check_adapter(
+    file: Path, base: str, *, name: str, weight: float = 1.0, variant: str | None = None
+) -> CheckedAdapter:
     """One adapter of `check_adapters`, under the name ``name``."""
     header, tensors = read_adapter(file)
     folder = Path(resolve_base(base))
     if folder.is_dir():
-        fingerprint = fingerprint_of_folder(folder, layer_names(tensors))
+        fingerprint = fingerprint_of_folder(folder, layer_names(tensors), variant)
         # No fingerprint: the folder lacks layers that the adapter changes, so it is another model.
         check_base(header, fingerprint or "", base_display_name(base), adapter=file.name)
     return CheckedAdapter(name, file, weight, sha256_of(file), header)

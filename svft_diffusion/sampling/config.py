@@ -54,3 +54,13 @@ class SamplingConfig:
 
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu", group="computing")
     dtype: str = setting("float32", "precision of the base model", group="computing", choices=DTYPES)
+    factor_cache: Path | None = setting(
+        None,
+        "folder of decompositions, shared by all runs (default: the platform's cache folder)",
+        group="computing",
+    )
+    factor_cache_size: str | None = setting(
+        None,
+        "how much that folder may hold, such as 5GB; what was not used for longest goes first (default: 20 GiB)",
+        group="computing",
+    )

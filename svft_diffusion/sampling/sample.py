@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from svft_diffusion.adapters import load_adapter, set_adapters
-from svft_diffusion.errors import UserError
+from svft_diffusion.factors import use_cache
+from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models.loading import default_resolution, load_pipeline, truncated_text
 from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice
 from svft_diffusion.sampling.config import SamplingConfig
@@ -51,15 +51,18 @@ def sample(config: SamplingConfig) -> SamplingResult:
         UserError: settings, adapters or output folder that can't work, before the base model is loaded.
     """
     check_config(config)
+    use_cache(config.factor_cache, config.factor_cache_size)
     device = resolve_device(config.device)
     adapters = check_adapters(
-        [parse_adapter_choice(text) for text in config.adapter], config.pretrained_model_name_or_path
+        [parse_adapter_choice(text) for text in config.adapter],
+        config.pretrained_model_name_or_path,
+        variant=config.variant,
     )
     output_dir = config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
     rows = plan_rows(config, adapters)
     if not config.overwrite:
         check_overwriting(output_dir, rows, width=config.width, height=config.height)
-    _make_writable_folder(output_dir)
+    check_writable(output_dir)
 
     pipeline = open_pipeline(
         config.pretrained_model_name_or_path,
@@ -149,15 +152,6 @@ def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:
     """Settings of a picture that are known after its making only: its size and the base model's scheduler."""
     scheduler = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
     return {"width": image.width, "height": image.height, "scheduler": scheduler}
-
-
-def _make_writable_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise UserError(f"can't write to {folder}: {problem.strerror or problem}") from problem
 
 
 def _generate_rows(

@@ -38,7 +38,7 @@ from svft_diffusion.spectral.portable_random import project_columns, random_sign
 from svft_diffusion.spectral.probes import NUMBER_OF_PROBES, probe_error, probe_update
 
 _VERSION = 1
-_HAS_SIGNS, _HAS_PROBES = 1, 2  # flags beside the version
+_HAS_SIGNS = 1  # flag beside the version
 _HEADER_BYTES = 3
 _PROBED_UPDATES = 2
 _PROBE_BYTES = 2 * _PROBED_UPDATES * NUMBER_OF_PROBES
@@ -92,15 +92,15 @@ class _Sketch(NamedTuple):
 
     largest: Tensor | None  # (k,) which projection of u_i is largest
     signs: Tensor | None  # (k,) its sign, +1 or -1
-    probes: Tensor | None  # (8,)
+    probes: Tensor  # (8,)
     clusters: list[tuple[_Cluster, list[Tensor]]]  # with the projections (c + 1, c) of its u, and of its v
 
 
 def sketch_of_basis(factors: SingularFactors, *, signs: bool, byte_budget: int) -> Tensor:
     """Sketch of the basis of ``factors``, 1-D uint8; ``signs`` for a core with entries off its diagonal.
 
-    At most ``byte_budget`` bytes, except that the header and the signs (k/2 bytes) are always written; the probes and
-    the clusters, smallest gaps first, follow as far as they fit.
+    At most ``byte_budget`` bytes, except that the header, the signs (k/2 bytes) and the probes are always written; the
+    clusters, smallest gaps first, follow as far as they fit.
 
     Raises:
         ValueError: there are more than 65535 triplets.
@@ -111,13 +111,10 @@ def sketch_of_basis(factors: SingularFactors, *, signs: bool, byte_budget: int) 
     parts = []
     if signs:
         parts.append(_encode_signs(project_columns(factors.U, _SIGN_PROJECTIONS, "basis, left").cpu()))
+    parts.append(_quantised(_probes(factors, signs)))
     left = byte_budget - _HEADER_BYTES - sum(len(part) for part in parts)
-    probes = left >= _PROBE_BYTES
-    if probes:
-        parts.append(_quantised(_probes(factors, signs)))
-        clusters = _near_ties(factors, left - _PROBE_BYTES)
-        parts += [_encode_cluster(factors, cluster) for cluster in clusters]
-    contents = _VERSION << 4 | _HAS_SIGNS * signs | _HAS_PROBES * probes
+    parts += [_encode_cluster(factors, cluster) for cluster in _near_ties(factors, left)]
+    contents = _VERSION << 4 | _HAS_SIGNS * signs
     header = torch.tensor([contents, *k.to_bytes(2, "little")], dtype=torch.uint8)
     return torch.cat([header, *parts])
 
@@ -131,8 +128,7 @@ def align_basis(factors: SingularFactors, sketch: Tensor) -> Alignment:
     after a rotation they may be off by as much as they differ within the cluster, and ``U diag(S) V^T`` with them.
     So no weight may be rebuilt from factors that were rotated.
 
-    ``error`` is the relative error of a random update as the stored probes measure it, infinite where the sketch was
-    too small to hold any.
+    ``error`` is the relative error of a random update as the stored probes measure it.
 
     Raises:
         ValueError: the sketch is damaged, of another version, or of a weight of another size.
@@ -166,8 +162,6 @@ def align_basis(factors: SingularFactors, sketch: Tensor) -> Alignment:
 
 
 def _measured_error(aligned: SingularFactors, sketch: _Sketch) -> float:
-    if sketch.probes is None:
-        return math.inf
     found = _probes(aligned, sketch.signs is not None)
     return probe_error(sketch.probes, found) if (found - sketch.probes).abs().max() > _QUANTUM else 0.0
 
@@ -269,21 +263,19 @@ def _decode(sketch: Tensor, k: int) -> _Sketch:
         raise ValueError("this is no sketch of a basis")
     content = bytes(sketch.tolist())
     version, flags = content[0] >> 4, content[0] & 15
-    if version != _VERSION or flags & ~(_HAS_SIGNS | _HAS_PROBES):
+    if version != _VERSION or flags & ~_HAS_SIGNS:
         raise ValueError(f"the sketch of the basis has version {version}, and {_VERSION} is known")
     k_of_sketch = int.from_bytes(content[1:_HEADER_BYTES], "little")
     if k_of_sketch != k:
         raise ValueError(f"the sketch is that of {k_of_sketch} singular triplets, and there are {k}")
     rest = sketch[_HEADER_BYTES:]
-    largest = signs = probes = None
+    largest = signs = None
     if flags & _HAS_SIGNS:
         packed, rest = _take(rest, (k + 1) // 2)
         nibbles = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:k]
         largest, signs = (nibbles & 7).long(), 1.0 - 2.0 * (nibbles >> 3)
-    if flags & _HAS_PROBES:
-        packed, rest = _take(rest, _PROBE_BYTES)
-        probes = _restored(packed)
-    return _Sketch(largest, signs, probes, _decode_clusters(rest, k))
+    packed, rest = _take(rest, _PROBE_BYTES)
+    return _Sketch(largest, signs, _restored(packed), _decode_clusters(rest, k))
 
 
 def _decode_clusters(rest: Tensor, k: int) -> list[tuple[_Cluster, list[Tensor]]]:

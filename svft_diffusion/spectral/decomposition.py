@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -38,8 +37,9 @@ def decompose(weight: Tensor) -> SingularFactors:
     ``(u_i, v_i)``, which the decomposition leaves open, is settled by `canonical_signs`. May be called from several
     threads at once.
 
-    A weight on a CUDA device is decomposed there. Its factors agree with those of the CPU up to the last bits, but
-    for rotations among (nearly) equal singular values (see `spectral.basis_sketch`).
+    A weight on a CUDA device is decomposed there (written after the documentation, not run on one yet). Its factors
+    should agree with those of the CPU up to the last bits, but for rotations among (nearly) equal singular values
+    (see `spectral.basis_sketch`).
 
     The eigenvectors of the Gram matrix ``W^T W`` in float64, followed by one QR, rebuild ``W`` as well, but save no
     more than a fifth of the time for some shapes and cost more for others, and the vectors of small singular values
@@ -80,32 +80,16 @@ def canonical_signs(U: Tensor) -> Tensor:
     return torch.where(deciding_entry < 0, -1.0, 1.0).to(U.dtype)
 
 
-class _OneThread:
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """Splits no sum over threads: the order of additions, and with it the last bits, would depend on their number.
 
-    torch keeps one number of threads for the whole process, so the first to enter sets it and the last to leave
-    puts it back.
+    Every thread has its own number of threads, and begins with the one that any thread has set last: one that is
+    started meanwhile begins with one thread.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._threads = 1
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                self._threads = torch.get_num_threads()
-                torch.set_num_threads(1)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    torch.set_num_threads(self._threads)
-
-
-_one_thread = _OneThread()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

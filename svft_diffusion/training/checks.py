@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from svft_diffusion.data.dataset import Picture, pictures_with_prompts
 from svft_diffusion.data.photos import scan_photos
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors.location import parse_size
+from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models import resolve_base
 from svft_diffusion.settings import settings_of
 from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
@@ -223,21 +223,3 @@ def _check_output(config: TrainingConfig) -> Path | None:
             "or choose another --output_dir"
         )
     return None
-
-
-def check_writable(folder: Path) -> None:
-    """Whether ``folder`` can be created or written into, found out without leaving a trace.
-
-    Raises:
-        UserError: it can't.
-    """
-    existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"can't write to {folder}: {existing} is a file")
-    try:
-        # Permission bits say nothing of read-only and special file systems, and nothing at all to root.
-        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing).cleanup()
-    except OSError as problem:
-        raise UserError(f"can't write to {folder}: {problem.strerror or problem}") from problem

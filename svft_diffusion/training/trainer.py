@@ -13,7 +13,7 @@ from accelerate.utils import tqdm  # shows a bar in the first process only
 
 from svft_diffusion.data.dataset import keyed_generator
 from svft_diffusion.errors import UserError
-from svft_diffusion.factors import configure_cache
+from svft_diffusion.factors import use_cache
 from svft_diffusion.training.batches import Batch
 from svft_diffusion.training.card import write_card, write_config
 from svft_diffusion.training.checkpoints import ADAPTER_FILE
@@ -68,8 +68,7 @@ def train(config: TrainingConfig, *, on_step: Callable[[StepReport], None] | Non
     """
     started = time.perf_counter()
     inputs = check(config)
-    if config.factor_cache is not None or config.factor_cache_size is not None:
-        configure_cache(config.factor_cache, config.factor_cache_size)
+    use_cache(config.factor_cache, config.factor_cache_size)
     # Training seeds torch at every step; the caller's own random numbers are not touched by that.
     with torch.random.fork_rng(devices=[]):
         accelerator = make_accelerator(config)
@@ -217,7 +216,7 @@ def _announce(run: Run, first_step: int) -> None:
         f"training {run.trained_values:,} values in {run.adapted_layers} layers of {' and '.join(run.models)}, "
         f"{run.total_steps} steps, learning rate {run.config.learning_rate:g}"
     )
-    if (settings := run.config.freezing) is not None:
+    if (settings := run.config.freezing) is not None and settings.warmup_steps < run.total_steps:
         frozen = settings.number_frozen(len(run.parameters))
         say(
             f"from step {settings.warmup_steps} to {settings.last_step}, the {frozen} of {len(run.parameters)} vectors "

@@ -33,8 +33,8 @@ def trimmed(stored: Tensor) -> Tensor:
 
 
 def byte_budget(options: LayerOptions) -> int:
-    """Bytes that a sketch may take: a fifth of the values', less what is stored beside it."""
-    return max(4 * number_of_values(options) // 5 - 24, 16)
+    """Bytes that a sketch may take, beyond what it always holds: a fifth of the values', less what is stored beside."""
+    return max(4 * number_of_values(options) // 5 - 24, 0)
 
 
 def aligned(factors: SingularFactors, sketch: Tensor, triplets: Triplets) -> Alignment:

@@ -20,6 +20,11 @@ from svft_diffusion.spectral import (
 )
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of sums: float32, or its own where that is wider."""
+    return tensor.to(torch.promote_types(torch.float32, tensor.dtype))
+
+
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     """The frozen weight and, where there is one, bias of a layer, out of autograd's sight."""
     own = {name: getattr(module, name, None) for name in ("weight", "bias")}
@@ -31,12 +36,12 @@ def adapted_parameters(
 ) -> dict[str, Tensor]:
     """A layer's weight and bias with all terms in them: those that change, in the dtype they have.
 
-    Differentiable in the terms' parts. Sums run in float32, so that a small shift is rounded once.
+    Differentiable in the terms' parts. Sums run in float32 or wider, so that a small shift is rounded once.
     """
     adapted = {}
     weight = parameters["weight"]
     if any(term.parts.keys() & {"values", "norm"} for term in terms):
-        adapted["weight"] = (weight.float() + update_of_weight(kind, weight, factors, terms)).to(weight.dtype)
+        adapted["weight"] = (widened(weight) + update_of_weight(kind, weight, factors, terms)).to(weight.dtype)
     bias = adapted_bias(parameters.get("bias"), terms)
     if bias is not None and any("bias" in term.parts for term in terms):
         adapted["bias"] = bias.to(parameters["bias"].dtype)
@@ -44,7 +49,7 @@ def adapted_parameters(
 
 
 def update_of_weight(kind: Kind, weight: Tensor, factors: SingularFactors | None, terms: Sequence[Term]) -> Tensor:
-    """What the terms change in a layer's weight: ``U M V^T`` or a norm's shift; shape of the weight, float32."""
+    """What the terms change in a weight: ``U M V^T`` or a norm's shift; shape of the weight, float32 or wider."""
     if kind == "norm":
         return norm_update(weight, [term for term in terms if "norm" in term.parts])
     assert factors is not None
@@ -55,16 +60,16 @@ def update_of_weight(kind: Kind, weight: Tensor, factors: SingularFactors | None
 
 
 def adapted_bias(bias: Tensor | None, terms: Sequence[Term]) -> Tensor | None:
-    """A layer's bias with the terms' shifts, float32; as it is where no term shifts it."""
+    """A layer's bias with the terms' shifts, float32 or wider; as it is where no term shifts it."""
     with_bias = [term for term in terms if "bias" in term.parts]
     if bias is None or not with_bias:
         return bias
-    return bias.float() + _sum("bias", with_bias)
+    return widened(bias) + _sum("bias", with_bias)
 
 
 def norm_update(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     """What shifts change in a norm's weight (C,): those for each entry add up, so do those of the whole norm."""
-    w = weight.float()
+    w = widened(weight)
     scalars = [term for term in terms if term.options.norm_shift == "scalar"]
     vectors = [term for term in terms if term.options.norm_shift == "vector"]
     shifted = rescaled_norm_weight(w, _sum("norm", scalars), 1.0) if scalars else w
@@ -106,7 +111,7 @@ def change_of_output(
 def bias_of_output(module: nn.Module, terms: Sequence[Term], y: Tensor) -> Tensor:
     """``y`` plus the shifts of the layer's bias."""
     shift = _sum("bias", terms)
-    return (y.float() + along_features(module, shift, y.ndim)).to(y.dtype)
+    return (widened(y) + along_features(module, shift, y.ndim)).to(y.dtype)
 
 
 def core_for_each_sample(sigma: Tensor, terms_of_samples: Sequence[Sequence[Term]]) -> tuple[Core, slice | Tensor]:
@@ -122,13 +127,13 @@ def norm_for_each_sample(module: nn.Module, x: Tensor, y: Tensor, terms_of_sampl
     updates = torch.stack([norm_update(parameters["weight"], terms) for terms in terms_of_samples])
     # A difference, since there are norms that multiply by 1 + w.
     normalized = run_with(module, {"weight": ones}, (x,), {}) - run_with(module, {"weight": zeros}, (x,), {})
-    return (y.float() + normalized.float() * along_features(module, updates, y.ndim)).to(y.dtype)
+    return (widened(y) + widened(normalized) * along_features(module, updates, y.ndim)).to(y.dtype)
 
 
 def bias_for_each_sample(module: nn.Module, terms_of_samples: Sequence[Sequence[Term]], y: Tensor) -> Tensor:
     """``y`` plus the shifts of the layer's bias, those of each sample."""
     shifts = torch.stack([_sum("bias", terms) for terms in terms_of_samples])
-    return (y.float() + along_features(module, shifts, y.ndim)).to(y.dtype)
+    return (widened(y) + along_features(module, shifts, y.ndim)).to(y.dtype)
 
 
 def _sum(part: str, terms: Sequence[Term]) -> Tensor:

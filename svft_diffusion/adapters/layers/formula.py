@@ -12,6 +12,7 @@ from svft_diffusion.adapters.layers import computing
 from svft_diffusion.adapters.layers.kinds import Kind, has_plain_forward
 from svft_diffusion.adapters.layers.placement import PlacedFactors, dtype_of_products
 from svft_diffusion.adapters.methods import Term, combined_core, common_triplets
+from svft_diffusion.errors import UserError
 
 
 class Inputs(NamedTuple):
@@ -78,13 +79,15 @@ def output_for_samples(
             multiple of them repeats them, as classifier-free guidance doubles a batch.
 
     Raises:
-        ValueError: the batch is no multiple of the samples.
+        UserError: the batch is no multiple of the samples.
     """
     x = inputs.x
-    if len(x) == 1:  # one input for all samples, such as a table of positions
+    if len(x) == 1 and kind == "embedding":  # one row of ids for all samples: those of positions
         x = x.expand(len(samples), *x.shape[1:]).contiguous()
     if len(x) % len(samples):
-        raise ValueError(f"a batch of {len(x)} can't be shared by {len(samples)} samples' adapters")
+        raise UserError(
+            f"a batch of {len(x)} can't be shared by {len(samples)} samples' adapters; give one prompt for each sample"
+        )
     samples = [*samples] * (len(x) // len(samples))
     inputs = inputs._replace(x=x)
     y = inputs.give(base_layer)

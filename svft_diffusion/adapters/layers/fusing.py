@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from svft_diffusion.adapters.layers.computing import adapted_parameters, parameters_of
+from svft_diffusion.adapters.layers.computing import adapted_parameters, parameters_of, widened
 from svft_diffusion.adapters.layers.kinds import Kind
 from svft_diffusion.adapters.methods import Term
 from svft_diffusion.spectral import SingularFactors
@@ -46,7 +46,7 @@ def fuse(kind: Kind, base: nn.Module, factors: SingularFactors | None, terms: Se
     Raises:
         ValueError: with ``safe``, when a number would not be finite; nothing is changed.
     """
-    terms = [_copy(term) for term in terms]
+    terms = [_copy(term, base.weight.device) for term in terms]  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.no_grad():  # the model may train next
         adapted = adapted_parameters(kind, parameters_of(base), factors, terms)
     if safe and not all(torch.isfinite(tensor).all() for tensor in adapted.values()):
@@ -68,16 +68,18 @@ def restore(kind: Kind, base: nn.Module, factors: SingularFactors | None, fused:
             for name, sample in fused.written.items()
         )
         if not untouched:
-            adapted = adapted_parameters(kind, {**own, **fused.kept}, factors, fused.terms)
+            terms = [_copy(term, own["weight"].device) for term in fused.terms]
+            adapted = adapted_parameters(kind, {**own, **fused.kept}, factors, terms)
             for name, kept in fused.kept.items():
-                kept.copy_(own[name].float() - (adapted[name].float() - kept.float()))
+                kept.copy_(widened(own[name]) - (widened(adapted[name]) - widened(kept)))
     for name, kept in fused.kept.items():
         setattr(base, name, kept)
 
 
-def _copy(term: Term) -> Term:
-    parts = {part: tensor.detach().clone() for part, tensor in term.parts.items()}
-    return Term(term.strength, term.options, parts, term.positions)
+def _copy(term: Term, device: torch.device) -> Term:
+    parts = {part: tensor.detach().to(device, copy=True) for part, tensor in term.parts.items()}
+    positions = None if term.positions is None else term.positions.to(device, copy=True)
+    return Term(term.strength, term.options, parts, positions)
 
 
 def _sample(tensor: Tensor) -> Tensor:

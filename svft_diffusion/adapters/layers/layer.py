@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from svft_diffusion.adapters.methods import LayerOptions, Term, combined_core, i
 from svft_diffusion.spectral import SingularFactors, probe_update
 
 _logger = logging.getLogger(__name__)
+# Not in the layers: a lock can be neither copied nor pickled.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class SpectralLayer(nn.Module, BaseTunerLayer):
@@ -51,7 +55,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         def get_base_layer(self) -> nn.Module: ...
         def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
         def enable_adapters(self, enabled: bool) -> None: ...
-        def delete_adapter(self, adapter_name: str) -> None: ...
         def set_requires_grad(self, adapter_names: str, requires_grad: bool = True) -> None: ...
 
     def __init__(self, base_layer: nn.Module, factors: SingularFactors | None) -> None:
@@ -161,6 +164,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self._forget_copies()  # memory of an adapter of this name that was deleted may have been given to this one
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out, and let go of what was made for it."""
+        super().delete_adapter(adapter_name)
+        self._forget_copies()
+
     # The basis that the values stand on
 
     def sketch(self, name: str) -> Tensor:
@@ -186,6 +194,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         factors, term = self._placed.factors, self._term(name, on_cpu=True)
         own = basis.stored_sketch(factors, term.options, term.triplets)
         if torch.equal(sketch.cpu(), basis.trimmed(own)):
+            self.spectral_sketch[name].copy_(own)  # other triplets may have been copied in, with their values
             return 0.0
         aligned = basis.aligned(factors, sketch.cpu(), term.triplets)
         values = self.spectral_values[name]
@@ -235,8 +244,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             return output_of_formula(self.kind, module, self.base_layer, self._placed, inputs, terms)
         trains = any(part.requires_grad for term in terms for part in term.parts.values())
         if trains and torch.is_grad_enabled():
+            self._folded = None  # of a validation: a second weight in each layer
             return self._paths.output(self.kind, module, self._placed, inputs, terms)
-        return inputs.give_with(module, self._folded_parameters(terms))
+        # The folded weight is in the layer for the time of the call, and another thread would take it for the base's.
+        with _locks.setdefault(self, threading.RLock()):
+            return inputs.give_with(module, self._folded_parameters(terms))
 
     def _folded_parameters(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Weight and bias with all adapters in them; made anew when one of their tensors has changed."""
@@ -307,9 +319,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not names:
             return
-        merged = [*self.merged_adapters, *names]
-        terms, base = self._terms(merged), self.get_base_layer()
+        merged, base = [*self.merged_adapters, *names], self.get_base_layer()
         before, names_before = self._fused, self.merged_adapters
+        # What is fused stays as it was put in: since then its strength may have changed.
+        terms = [*(before.terms if before is not None else ()), *self._terms(names)]
         self.unmerge()
         try:
             self._fused = fuse(self.kind, base, self.factors, terms, safe=safe_merge)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from svft_diffusion.adapters.methods import Triplets
+from svft_diffusion.kernels.call import compute_dtype
 from svft_diffusion.spectral import SingularFactors
 
 
@@ -91,8 +92,7 @@ def dtype_of_products(x: Tensor, module: nn.Module) -> torch.dtype:
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight.dtype
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return compute_dtype(x)
 
 
 def identity(tensor: Tensor) -> tuple[int, int]:

@@ -76,12 +76,12 @@ class TrainingPaths:
             n,
             core.rank,
             x.numel() // n,
-            full_rank=_is_full(core, placed),
+            full_rank=_is_full(core, placed, weight),
             off_diagonals=None if core.dense else core.off_diagonals,
             gradient_to_input=x.requires_grad,
         )
         U, S, Vh = placed.chosen(x, module, triplets)
-        rebuilt = self._rebuilt_weight(strategy, weight, placed, core, triplets, terms, U.dtype)
+        rebuilt = self._rebuilt_weight(strategy, weight, U, core, Vh, terms)
         return adapted_linear(
             x, weight, bias, U, S, Vh, core, strategy=strategy, rebuilt=rebuilt, compress=_compresses(terms)
         )
@@ -106,13 +106,13 @@ class TrainingPaths:
             weight[0].numel(),
             core.rank,
             x.numel() // (x.shape[1 - weight.ndim] * math.prod(module.stride)),
-            full_rank=_is_full(core, placed),
+            full_rank=_is_full(core, placed, weight),
             off_diagonals=None if core.dense else core.off_diagonals,
             gradient_to_input=x.requires_grad,
             input_elements=x.numel(),
         )
         U, S, Vh = placed.chosen(x, module, triplets)
-        rebuilt = self._rebuilt_weight(strategy, weight, placed, core, triplets, terms, U.dtype)
+        rebuilt = self._rebuilt_weight(strategy, weight, U, core, Vh, terms)
         return adapted_convolution(
             x,
             weight,
@@ -134,11 +134,10 @@ class TrainingPaths:
         self,
         strategy: Strategy,
         weight: Tensor,
-        placed: PlacedFactors,
+        U: Tensor,
         core: Core,
-        triplets: Triplets,
+        Vh: Tensor,
         terms: Sequence[Term],
-        dtype: torch.dtype,
     ) -> Tensor | None:
         """``W + U M V^T`` for the strategy of that name, made once for a forward pass, its recomputation included."""
         if strategy != "rebuilt":
@@ -146,11 +145,9 @@ class TrainingPaths:
         if core.entries.requires_grad:
             core.entries.register_hook(self._forget_in_backward)
         parts = (part for term in terms for part in term.parts.values())
-        key = (dtype, [identity(tensor) for tensor in (weight, *parts)], [term.strength for term in terms])
+        key = (U.dtype, [identity(tensor) for tensor in (weight, *parts)], [term.strength for term in terms])
         if self._rebuilt is None or self._rebuilt[0] != key:
-            U, _, Vh = placed.factors.to(weight.device)
-            rebuilt = rebuild_weight(weight, U[:, triplets], core, Vh[triplets])
-            self._rebuilt = (key, rebuilt.to(dtype))
+            self._rebuilt = (key, rebuild_weight(weight, U, core, Vh).to(U.dtype))
         return self._rebuilt[1]
 
     def _forget_in_backward(self, gradient: Tensor) -> None:
@@ -164,8 +161,9 @@ def _with_bias_alone(module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
     return y + along_features(module, bias, y.ndim).to(y.dtype)
 
 
-def _is_full(core: Core, placed: PlacedFactors) -> bool:
-    return placed.exact and core.rank == len(placed.factors.S)
+def _is_full(core: Core, placed: PlacedFactors, weight: Tensor) -> bool:
+    """Whether the factors alone give the weight: all of them, to float32 accuracy, which float64 is finer than."""
+    return placed.exact and core.rank == len(placed.factors.S) and weight.dtype != torch.float64
 
 
 def _compresses(terms: Sequence[Term]) -> bool:
