@@ -14,6 +14,8 @@ from svft_diffusion.settings import nearest_hint
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("svft_diffusion.cli.train", "train an adapter on a few photos of a subject (DreamBooth)"),
     "sample": ("svft_diffusion.cli.sample", "generate pictures with any number of adapters"),
+    "export": ("svft_diffusion.cli.export", "write an adapter as a LoRA file that other tools read"),
+    "import": ("svft_diffusion.cli.import_adapter", "turn an adapter of another tool into one of ours"),
     "app": ("svft_diffusion.cli.app", "open the web app"),
     "demo": ("svft_diffusion.cli.demo", "train and sample on the embedded model, and show the result"),
 }

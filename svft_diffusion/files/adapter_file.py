@@ -63,7 +63,7 @@ def read_header(file: str | Path) -> AdapterHeader:
         UserError: no such file, not an adapter of this product, damaged, or of another format version.
     """
     file = Path(file)
-    _check_container(file)
+    check_container(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return _header_of(file, opened)
@@ -81,7 +81,7 @@ def read_adapter(file: str | Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
             not go with the others; or there are not as many as the header says.
     """
     file = Path(file)
-    _check_container(file)
+    check_container(file)
     try:
         with safe_open(file, framework="pt") as opened:
             header = _header_of(file, opened)
@@ -114,7 +114,7 @@ def _header_of(file: Path, opened: Any) -> AdapterHeader:
     return header_from_json(file, metadata[METADATA_KEY])
 
 
-def _check_container(file: Path) -> None:
+def check_container(file: Path) -> None:
     """Refuse what can't be a safetensors file of ours before a parser sees it."""
     try:
         size = file.stat().st_size

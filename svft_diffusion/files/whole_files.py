@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from svft_diffusion.errors import UserError
@@ -29,6 +29,23 @@ def replace_when_whole(file: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone already when all went well
             unfinished.unlink()
+
+
+def check_output_file(file: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output that is no safetensors file, is one of the inputs, or would replace a file unasked.
+
+    Raises:
+        UserError: as said, or its folder can't be written to.
+    """
+    if file.is_dir():
+        raise UserError(f"the output {file} is a folder; name a file")
+    if file.suffix != ".safetensors":
+        raise UserError(f"the output {file} must end in .safetensors")
+    if any(file.resolve() == given.resolve() for given in inputs):
+        raise UserError(f"{file} is one of the files to read; write to another")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} is there already; choose another name, or replace it with --overwrite")
+    check_writable(file.parent)
 
 
 def check_writable(folder: Path) -> None:

@@ -1,0 +1,97 @@
+"""``svft-diffusion export``: an adapter as a LoRA file that other tools read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from svft_diffusion.cli.arguments import Parser
+
+_DESCRIPTION = """\
+Write an adapter as a LoRA file that other tools read without this package.
+
+  kohya       read by ComfyUI, A1111, Forge, diffusers and most others
+  diffusers   read by diffusers and PEFT
+  comfy-full  read by ComfyUI alone; also holds biases, norms and embeddings, as dense differences
+
+Printed: for each layer and in total the relative error of the file, and what it could not hold.
+"""
+_EPILOG = """example:
+  svft-diffusion export outputs/robot/adapter.safetensors --base toybox --rank full -o robot-lora.safetensors
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command with its arguments.
+
+    Raises:
+        UserError: the adapter, the base model or the output don't fit; nothing is written then.
+    """
+    options = _parser().parse_args(argv)
+
+    # Heavy imports come after the arguments, so that --help and typing errors answer at once.
+    from svft_diffusion.adapters import load_adapter
+    from svft_diffusion.exchange.export import check_arguments, export_lora
+    from svft_diffusion.exchange.lora_file import write_lora
+    from svft_diffusion.exchange.lora_metadata import described
+    from svft_diffusion.files import read_header
+    from svft_diffusion.files.whole_files import check_output_file
+    from svft_diffusion.models.loading import load_pipeline
+    from svft_diffusion.sampling.adapter_choice import ADAPTER_FILE, check_adapter
+
+    check_arguments(options.format, options.rank, options.strength)
+    file = options.file / ADAPTER_FILE if options.file.is_dir() else options.file
+    check_output_file(options.output, overwrite=options.overwrite, inputs=[file])
+    header = read_header(file)
+    if options.on_mismatch == "error":
+        check_adapter(file, options.base, name="exported")  # before the model is loaded
+    pipeline = load_pipeline(options.base, revision=options.revision, variant=options.variant)
+    load_adapter(pipeline, file, "exported", on_mismatch=options.on_mismatch)
+    exported = export_lora(pipeline, "exported", format=options.format, rank=options.rank, strength=options.strength)
+    written = write_lora(
+        exported, options.output, described=described(header, options.strength), overwrite=options.overwrite
+    )
+    size = written.stat().st_size
+    if options.json:
+        print(json.dumps({"file": str(written), "bytes": size, **exported.report.to_json()}, indent=2))
+        return
+    print(exported.report)
+    print(f"{written}: {size / 1000:.1f} kB")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="svft-diffusion export", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter, or the folder it was trained into")
+    parser.add_argument(
+        "--base", required=True, metavar="MODEL", help="the base model: toybox, a diffusers folder, or a Hub name"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    parser.add_argument("--variant", help="file variant of the base model, such as fp16")
+    parser.add_argument(
+        "--on_mismatch", "--on-mismatch", choices=("error", "align", "force"), default="error",
+        help="what to do with another base than the adapter was trained on (default: error)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("kohya", "diffusers", "comfy-full"), default="kohya", help="see above (default: kohya)"
+    )
+    parser.add_argument(
+        "--rank", type=_rank, default="auto", metavar="N|auto|full",
+        help="of the LoRA; auto: the smallest with an error below 1 %%, at most 128 (default: auto)",
+    )  # fmt: skip
+    parser.add_argument("--strength", type=float, default=1.0, help="of the adapter in the file (default: 1)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _rank(text: str) -> int | Literal["auto", "full"]:
+    if text == "auto" or text == "full":
+        return "auto" if text == "auto" else "full"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, auto or full, got {text!r}") from None

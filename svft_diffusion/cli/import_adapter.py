@@ -1,0 +1,67 @@
+"""``svft-diffusion import``: turn an adapter of another tool into an adapter file of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from svft_diffusion.cli.arguments import Parser
+
+_DESCRIPTION = """Turn an adapter of another tool into an adapter file.
+
+Read are SVDiff files of svdiff-pytorch (spectral_shifts.safetensors, spectral_shifts_te.safetensors) and state dicts
+of SVFT's authors, which stay what they are, and plain LoRAs in the spellings of kohya, diffusers and PEFT, of which
+the largest part that the pattern can hold is kept; the error is stated. Pickled files are never opened.
+"""
+_EPILOG = """examples:
+  svft-diffusion import spectral_shifts.safetensors spectral_shifts_te.safetensors --base MODEL -o dog.safetensors
+  svft-diffusion import lora.safetensors --base MODEL --pattern banded --off_diagonals 4 -o style.safetensors
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command with its arguments.
+
+    Raises:
+        UserError: see `svft_diffusion.exchange.importing.import_adapter`; or the target is there already, or can't
+            be written. It is as it was then.
+    """
+    options = _parser().parse_args(argv)
+    files: list[Path] = options.files
+    output: Path = options.output
+
+    # Heavy imports come after the arguments, so that --help and typing errors answer at once.
+    from svft_diffusion.adapters import save_adapter
+    from svft_diffusion.exchange.importing import import_adapter, recognised
+    from svft_diffusion.files import AdapterMetadata
+    from svft_diffusion.files.whole_files import check_output_file
+    from svft_diffusion.models import base_display_name, load_pipeline
+
+    check_output_file(output, overwrite=options.overwrite, inputs=files)
+    recognised(files)  # before the base is loaded, which may take minutes
+    pipe = load_pipeline(options.base)
+    report = import_adapter(pipe, files, pattern=options.pattern, off_diagonals=options.off_diagonals)
+    metadata = AdapterMetadata(
+        base_name=base_display_name(options.base),
+        training={"imported_from": report.source, "import_error": report.error},
+    )
+    save_adapter(pipe, report.adapter, output, metadata=metadata)
+    if options.json:
+        print(json.dumps({**report.to_json(), "output": str(output)}, indent=2))
+    else:
+        print("\n".join([*report.lines(), f"wrote {output} ({output.stat().st_size} bytes)"]))
+
+
+def _parser() -> Parser:
+    from svft_diffusion.exchange.conversion import PATTERNS
+
+    parser = Parser(prog="svft-diffusion import", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one file, or one for each component")
+    parser.add_argument("--base", required=True, help="the base model that the files were trained on: folder or name")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the adapter file to write")
+    parser.add_argument("--pattern", choices=PATTERNS, help="entries to keep (default for a LoRA: random, the largest)")
+    parser.add_argument("--off_diagonals", "--off-diagonals", type=int, help="width of the pattern (default: 2)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser

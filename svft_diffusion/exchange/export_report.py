@@ -1,0 +1,134 @@
+"""What an export holds of an adapter and what it does not, in figures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+AUTO_TOLERANCE = 0.01
+"""Relative error that ``rank="auto"`` stays below, over all layers together."""
+
+
+@dataclass(frozen=True)
+class CarriedLayer:
+    """A layer whose update the file holds, up to its rank.
+
+    Attributes:
+        layer: canonical name.
+        norm: Frobenius norm of the update.
+        rank: rank of the update, which the file's rank may be below.
+        dropped: Frobenius norm of what the file lacks of it.
+    """
+
+    layer: str
+    norm: float
+    rank: int
+    dropped: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the update in the file."""
+        return self.dropped / self.norm
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that the format can't hold: ``part`` (weight, bias) of a layer, the norm of its change, and why."""
+
+    layer: str
+    part: str
+    norm: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export holds; norms are Frobenius norms, errors are relative to the norm of the whole.
+
+    Attributes:
+        format: the file's format.
+        rank: the one rank of all layers in the file; 0 where it holds dense differences alone.
+        auto: the rank was chosen by ``rank="auto"``.
+        strength: what the adapter was multiplied by.
+        layers: the layers held as LoRA.
+        dense: norms of what is held as dense differences, by ``<canonical layer>.<part>``; no error but rounding.
+        left_out: what the file does not hold.
+    """
+
+    format: str
+    rank: int
+    auto: bool
+    strength: float
+    layers: tuple[CarriedLayer, ...]
+    dense: dict[str, float]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def rank_error(self) -> float:
+        """Relative error that the rank alone makes, over all layers held as LoRA."""
+        if not self.layers:
+            return 0.0
+        return math.hypot(*(layer.dropped for layer in self.layers)) / math.hypot(
+            *(layer.norm for layer in self.layers)
+        )
+
+    @property
+    def rank_cut(self) -> bool:
+        """Whether ``rank="auto"`` ended at its limit, with a larger error than it aims at."""
+        return self.auto and self.rank_error >= AUTO_TOLERANCE
+
+    @property
+    def total_error(self) -> float:
+        """Norm of all that the file lacks, relative to all that the adapter changes: weights, biases and norms."""
+        lacking = [*(layer.dropped for layer in self.layers), *(lost.norm for lost in self.left_out)]
+        whole = [
+            *(layer.norm for layer in self.layers),
+            *self.dense.values(),
+            *(lost.norm for lost in self.left_out),
+        ]
+        return math.hypot(*lacking) / math.hypot(*whole)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {
+            **asdict(self),
+            "layers": [{**asdict(layer), "error": layer.error} for layer in self.layers],
+            "rank_cut": self.rank_cut,
+            "rank_error": self.rank_error,
+            "total_error": self.total_error,
+        }
+
+    def __str__(self) -> str:
+        """The report as a table, a line for each layer and one for each reason why something is left out."""
+        lines = []
+        if self.layers:
+            width = max(len(layer.layer) for layer in self.layers)
+            lines.append(f"{'layer':<{width}}  {'norm':>9}  rank  relative error")
+            lines += [
+                f"{layer.layer:<{width}}  {layer.norm:>9.3g}  {layer.rank:>4}  {layer.error:.2e}"
+                for layer in self.layers
+            ]
+            lines.append(f"{len(self.layers)} layers as LoRA of rank {self.rank}: relative error {self.rank_error:.2e}")
+        if self.dense:
+            lines.append(f"{len(self.dense)} dense differences: exact")
+        if self.rank_cut:
+            lines.append(
+                f"rank auto ended at {self.rank}, its limit: the adapter is of higher rank; give a rank, or full"
+            )
+        lines += self._lines_of_left_out()
+        lines.append(f"relative error in total: {self.total_error:.2e}")
+        return "\n".join(lines)
+
+    def _lines_of_left_out(self) -> list[str]:
+        groups: dict[tuple[str, str], list[LeftOut]] = {}
+        for lost in self.left_out:
+            groups.setdefault((lost.part, lost.reason), []).append(lost)
+        return [
+            f"left out: {part} of {_some(group)}, norm {math.hypot(*(lost.norm for lost in group)):.3g}: {reason}"
+            for (part, reason), group in groups.items()
+        ]
+
+
+def _some(group: list[LeftOut]) -> str:
+    return group[0].layer if len(group) == 1 else f"{len(group)} layers ({group[0].layer}, ...)"
