@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import pickle
 import struct
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from tiny_models import tiny_pipeline, tiny_text_encoder
 from torch import Tensor, nn
 
@@ -21,21 +23,30 @@ from svft_diffusion.files import (
     FORMAT_VERSION,
     SKETCH,
     AdapterHeader,
+    BaseDigests,
     BaseModel,
     LayerBasis,
     bases_of,
     check_base,
-    fingerprint_of_folder,
-    fingerprint_of_pipeline,
+    digests_of_pipeline,
     layer_names,
+    matches_of_folder,
+    matches_of_pipeline,
     pack_bases,
     read_adapter,
     read_header,
     split_tensor_name,
     write_adapter,
 )
-from svft_diffusion.files.adapter_file import METADATA_KEY
+from svft_diffusion.files.adapter_file import DIGEST_KEY, METADATA_KEY
+from svft_diffusion.files.container import content_digest, read_container
 from svft_diffusion.files.names import canonical_name, module_path
+from svft_diffusion.files.weight_digests import digest_of_weight, digests_of_base
+
+
+def some_digests(number: int) -> BaseDigests:
+    return digests_of_base([digest_of_weight(torch.full((2, 3), float(index))) for index in range(number)])
+
 
 HEADER = AdapterHeader(
     method="svft",
@@ -44,7 +55,7 @@ HEADER = AdapterHeader(
     rank=None,
     targets="attention",
     components={"unet": 3, "text_encoder": 1},
-    base=BaseModel("toy", fingerprint="float16:00 bfloat16:11"),
+    base=BaseModel("toy", digests=some_digests(4)),
     init="official",
     seed=-7,
     train_bias=True,
@@ -73,12 +84,16 @@ TENSORS = {
     f"{Q_PROJ}.values": torch.tensor([1.0]),
     SKETCH: pack_bases(BASES),
 }
-LISTED_HEADER = replace(HEADER, pattern="random", components={"unet": 1})
+LISTED_HEADER = replace(
+    HEADER, pattern="random", components={"unet": 1}, base=BaseModel("toy", digests=some_digests(1))
+)
 LISTED = {
     f"{TO_Q}.values": torch.tensor([0.1, -2.0, 3e-9]),
     f"{TO_Q}.positions": torch.tensor([0, 3, 70000], dtype=torch.int32),
     SKETCH: pack_bases({TO_Q: BASES[TO_Q]}),
 }
+JPEG_START = b"\xff\xd8\xff"
+JPEG = JPEG_START + b"a small picture"
 LAYERS = [
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
@@ -134,7 +149,83 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     turned = replace(HEADER, training=dict(reversed(HEADER.training.items())))
     second = write_adapter(tmp_path / "b.safetensors", turned, dict(reversed(TENSORS.items())))
     assert first.read_bytes() == second.read_bytes()
-    assert list(written_json(first)) == [METADATA_KEY]
+
+
+def test_other_tools_read_the_file_and_find_what_they_show(tmp_path: Path) -> None:
+    file = write_adapter(tmp_path / "a.safetensors", replace(HEADER, thumbnail=JPEG, class_word="dog"), TENSORS)
+    read = load_file(file)
+    assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
+    metadata = written_json(file)
+    assert all(isinstance(text, str) for text in metadata.values())
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion/svft"
+    assert metadata["modelspec.trigger_phrase"] == "sks dog"
+    assert metadata["modelspec.thumbnail"] == "data:image/jpeg;base64," + base64.b64encode(JPEG).decode()
+    size = struct.unpack("<Q", file.read_bytes()[:8])[0]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(file.read_bytes()[8 + size :]).hexdigest()
+    assert metadata["modelspec.hash_sha256"] == f"0x{metadata['sshs_model_hash']}"
+    assert metadata["ss_learning_rate"] == "0.05"
+    assert read_header(file).thumbnail == JPEG
+    assert not {"modelspec.date", "ss_training_started_at"} & metadata.keys()
+
+
+@pytest.mark.parametrize("thumbnail", [b"\x89PNG", JPEG_START + bytes(70_000)])
+def test_a_thumbnail_is_a_small_jpeg(tmp_path: Path, thumbnail: bytes) -> None:
+    with pytest.raises(UserError, match="a thumbnail must be a JPEG of at most 65536 bytes"):
+        write_adapter(tmp_path / "a.safetensors", replace(HEADER, thumbnail=thumbnail), TENSORS)
+
+
+def test_values_in_float16_take_half_the_bytes_and_come_back_rounded(tmp_path: Path) -> None:
+    header = replace(HEADER, value_dtype="float16")
+    file = write_adapter(tmp_path / "a.safetensors", header, TENSORS)
+    assert {name: tensor.dtype for name, tensor in load_file(file).items()} == {
+        name: torch.uint8 if name == SKETCH else torch.float16 for name in TENSORS
+    }
+    read, tensors = read_adapter(file)
+    assert read == header
+    assert all(torch.equal(tensors[n], TENSORS[n] if n == SKETCH else TENSORS[n].half().float()) for n in TENSORS)
+    again = write_adapter(tmp_path / "b.safetensors", read, tensors)
+    assert again.read_bytes() == file.read_bytes()
+    huge = {**TENSORS, f"{TO_Q}.values": torch.tensor([0.1, 70000.0, 0.0])}
+    with pytest.raises(UserError, match="a value too large for float16; store it as float32"):
+        write_adapter(tmp_path / "c.safetensors", header, huge)
+
+
+def test_learned_tokens_come_back(tmp_path: Path) -> None:
+    header = replace(HEADER, tokens={"text_encoder": ["<sks>", "<style>"]})
+    tensors = {**TENSORS, "text_encoder.tokens": torch.randn(2, 5)}
+    file = write_adapter(tmp_path / "a.safetensors", header, tensors)
+    read, found = read_adapter(file)
+    assert read == header and torch.equal(found["text_encoder.tokens"], tensors["text_encoder.tokens"])
+    for tokens, message in (
+        ({"text_encoder": ["<sks>"]}, "names other learned tokens"),
+        ({"text_encoder": ["<sks>", "<sks>"]}, "stands twice"),
+        ({"text_encoder": ["<sks>", "two\nlines"]}, "not one word"),
+        ({}, "names other learned tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_adapter(file, replace(header, tokens=tokens), tensors)
+    with pytest.raises(UserError, match="tokens of no text encoder"):
+        write_adapter(file, header, {**TENSORS, "unet.tokens": torch.randn(2, 5)})
+
+
+def test_what_was_changed_after_writing_is_noticed(tmp_path: Path) -> None:
+    """The container itself accepts other bytes in the place of a tensor's, and other text in its header."""
+    file = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match="does not hold what was written into it"):
+        read_adapter(file)
+    file.write_bytes(good.replace(b"a photo of sks d", b"a photo of sks c"))
+    with pytest.raises(UserError, match="does not hold what was written into it"):
+        read_header(file)
+
+
+def test_another_order_of_the_same_content_is_the_same_file(tmp_path: Path) -> None:
+    file = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
+    metadata = written_json(file)
+    save_file(dict(reversed(TENSORS.items())), file, metadata=dict(reversed(metadata.items())))
+    assert read_header(file) == HEADER
 
 
 def test_a_prompt_that_begins_with_a_slash_is_no_path(tmp_path: Path) -> None:
@@ -147,7 +238,7 @@ def test_a_prompt_that_begins_with_a_slash_is_no_path(tmp_path: Path) -> None:
 def test_no_folder_of_this_machine_is_written(tmp_path: Path) -> None:
     header = replace(
         HEADER,
-        base=BaseModel(str(tmp_path / "toy")),
+        base=replace(HEADER.base, name=str(tmp_path / "toy")),
         training={"photos": str(tmp_path / "dog"), "logs": [r"C:\Users\me\logs"], "output": tmp_path, "hub": "a/b"},
     )
     file = write_adapter(tmp_path / "a.safetensors", header, TENSORS)
@@ -164,9 +255,18 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path,
             write_adapter(tmp_path / "a.safetensors", HEADER, damaged)
         assert not (tmp_path / "a.safetensors").exists()
     file = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
-    save_file(damaged, file, metadata=written_json(file))
+    sealed(file, damaged, written_json(file))
     with pytest.raises(UserError, match="NaN or infinite"):
         read_adapter(file)
+
+
+def sealed(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A file whose digest is right, whatever it says."""
+    others = {key: text for key, text in metadata.items() if key != DIGEST_KEY}
+    container = read_container(save(tensors, others), "a")
+    entries = sorted(container.entries.items())
+    parts = [(name, entry.dtype, entry.shape, container.bytes_of(name)) for name, entry in entries]
+    save_file(tensors, file, metadata={**others, DIGEST_KEY: content_digest(parts, others)})
 
 
 def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -174,7 +274,7 @@ def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], 
         write_adapter(file, HEADER, TENSORS)
         fields = json.loads(written_json(file)[METADATA_KEY])
         change(fields)
-        save_file(TENSORS, file, metadata={METADATA_KEY: json.dumps(fields)})
+        sealed(file, TENSORS, {**written_json(file), METADATA_KEY: json.dumps(fields)})
 
     return rewrite
 
@@ -182,7 +282,7 @@ def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], 
 def with_tensors(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     def rewrite(file: Path) -> None:
         write_adapter(file, HEADER, TENSORS)
-        save_file(tensors, file, metadata=written_json(file))
+        sealed(file, tensors, written_json(file))
 
     return rewrite
 
@@ -198,7 +298,7 @@ def with_positions(positions: list[int] | Tensor | None) -> Callable[[Path], Non
         write_adapter(file, LISTED_HEADER, LISTED)
         as_tensor = torch.tensor(positions, dtype=torch.int32) if isinstance(positions, list) else positions
         assert as_tensor is not None
-        save_file({**LISTED, f"{TO_Q}.positions": as_tensor}, file, metadata=written_json(file))
+        sealed(file, {**LISTED, f"{TO_Q}.positions": as_tensor}, written_json(file))
 
     return rewrite
 
@@ -208,6 +308,16 @@ def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {} if depth == 0 else {"a": nested(depth - 1)}
+
+
+def twice(file: Path) -> None:
+    write_adapter(file, HEADER, TENSORS)
+    metadata = written_json(file)
+    sealed(file, TENSORS, {**metadata, METADATA_KEY: metadata[METADATA_KEY].replace("{", '{"rank": 3, ', 1)})
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return Path.touch, (Path("pickle-was-opened"),)
@@ -215,13 +325,21 @@ class Bomb:
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda file: None, "can't read .*No such file"),
-    "empty": (lambda file: file.write_bytes(b""), "not a safetensors file"),
-    "pickle": (lambda file: file.write_bytes(pickle.dumps(Bomb())), "not a safetensors file; pickled"),
+    "empty": (lambda file: file.write_bytes(b""), "is empty; copy or download it again"),
+    "pickle": (lambda file: file.write_bytes(pickle.dumps(Bomb())), "pickled or packed file .* never opened"),
     "huge header": (lambda file: file.write_bytes(struct.pack("<Q", 2**40) + b"{"), "header of 1099511627776 bytes"),
+    "large header": (lambda file: file.write_bytes(struct.pack("<Q", 2**22) + b"{"), "more than any adapter needs"),
+    "web page": (lambda file: file.write_bytes(b"<!DOCTYPE html><html>"), "a web page, not an adapter"),
+    "pointer": (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "folder": (lambda file: file.mkdir(), "is a folder; no adapter is in it"),
+    "picture": (lambda file: file.write_bytes(JPEG + bytes(20)), "a picture that carries no adapter"),
     "header past the end": (lambda file: file.write_bytes(struct.pack("<Q", 500) + b"{}"), "cut short"),
-    "cut short": (cut_short, "damaged or no safetensors file"),
-    "no JSON": (lambda file: file.write_bytes(struct.pack("<Q", 4) + b"{abc"), "damaged or no safetensors file"),
-    "lora": (lambda file: save_file({"unet.lora_A.weight": torch.ones(2, 2)}, file), "not an svft_diffusion adapter"),
+    "cut short": (cut_short, r"is cut short: it should have \d+ bytes"),
+    "no JSON": (lambda file: file.write_bytes(struct.pack("<Q", 4) + b"{abc"), "no safetensors file|damaged header"),
+    "lora": (
+        lambda file: save_file({"unet.lora_A.weight": torch.ones(2, 2)}, file),
+        "not an svft_diffusion adapter: `svft-diffusion import`",
+    ),
     "newer": (with_metadata(lambda fields: fields.update(format_version=FORMAT_VERSION + 1)), "update svft_diffusion"),
     "no version": (with_metadata(lambda fields: fields.pop("format_version")), "damaged header"),
     "no method": (with_metadata(lambda fields: fields.pop("method")), "damaged header"),
@@ -272,12 +390,33 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "positions out of order": (with_positions([0, 5, 3]), "not ascending and distinct"),
     "positions below zero": (with_positions([-1, 0, 3]), "not ascending and distinct"),
     "strength is text": (with_metadata(lambda fields: fields.update(suggested_strength="1")), "damaged header"),
+    "deep settings": (
+        with_metadata(lambda fields: fields.update(training=nested(40))),
+        "deeper than any adapter needs",
+    ),
+    "many entries": (
+        lambda file: save_file({"unet.a.values": torch.ones(3)}, file, metadata={"mood": "[]," * 150_000}),
+        "more entries than any adapter",
+    ),
+    "a field twice": (twice, "damaged header: the name 'rank' stands twice"),
+    "name of two lines": (
+        lambda file: save_file({"unet.a\nb.values": torch.ones(3)}, file),
+        "damaged header: .* is no name of a tensor",
+    ),
+    "a long name": (lambda file: save_file({"unet." + "a" * 600: torch.ones(3)}, file), "is no name of a tensor"),
+    "too many tensors": (
+        lambda file: save_file({f"unet.{number}.bias": torch.ones(1) for number in range(10_001)}, file),
+        "10001 tensors are more than any adapter needs",
+    ),
     "other tensor": (with_tensors({"unet.conv_in.weight": torch.ones(3)}), "unexpected tensor"),
     "other component": (with_tensors({"vae.decoder.values": torch.ones(3)}), "none of the components"),
     "matrix": (with_tensors({"unet.a.values": torch.ones(3, 3)}), "one row of float32"),
     "integers": (with_tensors({"unet.a.values": torch.ones(3, dtype=torch.int64)}), "one row of float32"),
     "float64": (with_tensors({"unet.a.values": torch.full((3,), 1e300, dtype=torch.float64)}), "one row of float32"),
-    "float8": (with_tensors({"unet.a.values": torch.ones(3).to(torch.float8_e4m3fn)}), "one row of float32"),
+    "float8": (
+        lambda file: save_file({"unet.a.values": torch.ones(3).to(torch.float8_e4m3fn)}, file),
+        "of a type that no adapter has",
+    ),
 }
 
 
@@ -338,14 +477,18 @@ def test_the_canonical_name_has_text_model_whatever_the_version_of_transformers(
     assert module_path(nested, canonical) == canonical
 
 
-# Fingerprint of the base
+# Digests of the base
+
+
+def trained_on(pipe: object) -> AdapterHeader:
+    return replace(HEADER, base=BaseModel("toy", digests=digests_of_pipeline(pipe, LAYERS)))
 
 
 @pytest.mark.parametrize("saved", ["float32", "sharded", "variant", "both variants"])
-def test_folder_and_live_pipeline_have_the_same_fingerprint(tmp_path: Path, saved: str) -> None:
+def test_a_folder_holds_the_weights_of_the_live_pipeline(tmp_path: Path, saved: str) -> None:
     pipe = tiny_pipeline()
-    live = fingerprint_of_pipeline(pipe, LAYERS)
-    assert live == fingerprint_of_pipeline({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, reversed(LAYERS))
+    trained = digests_of_pipeline(pipe, LAYERS)
+    assert trained == digests_of_pipeline({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, reversed(LAYERS))
     if saved == "sharded":
         pipe.save_pretrained(tmp_path, max_shard_size="50KB")
         assert list((tmp_path / "unet").glob("*.index.json"))
@@ -355,38 +498,59 @@ def test_folder_and_live_pipeline_have_the_same_fingerprint(tmp_path: Path, save
         pipe.to(dtype=torch.float16)
         pipe.save_pretrained(tmp_path, variant="fp16")
         assert list((tmp_path / "unet").glob("*.fp16.safetensors"))
-    from_folder = fingerprint_of_folder(tmp_path, LAYERS)
-    if saved == "variant":
-        live = fingerprint_of_pipeline(pipe, LAYERS)
-    assert from_folder == live
+    rounded = 3 if saved == "variant" else 0
+    assert matches_of_folder(tmp_path, LAYERS, trained) == (3, rounded, 3)
+    assert matches_of_folder(tmp_path, LAYERS, digests_of_pipeline(tiny_pipeline(seed=1), LAYERS)) == (0, 0, 3)
 
 
-def test_fingerprints_agree_over_dtypes_and_differ_over_weights() -> None:
-    header = replace(HEADER, base=BaseModel("toy", fingerprint=fingerprint_of_pipeline(tiny_pipeline(), LAYERS)))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        check_base(header, fingerprint_of_pipeline(tiny_pipeline().to(dtype=dtype), LAYERS), "toy")
-    message = r"dog was trained on the base toy \(fingerprint \w{8}\), but the loaded base is other .*_path toy"
+def test_weights_are_recognised_in_other_dtypes_one_by_one() -> None:
+    trained = digests_of_pipeline(tiny_pipeline(), LAYERS)
+    for dtype, rounded in ((torch.float32, 0), (torch.float64, 3), (torch.float16, 3), (torch.bfloat16, 3)):
+        assert matches_of_pipeline(tiny_pipeline().to(dtype=dtype), LAYERS, trained) == (3, rounded, 3)
+    half = digests_of_pipeline(tiny_pipeline().to(dtype=torch.bfloat16), LAYERS)
+    assert half.float16 is None and half.fingerprint == trained.fingerprint.split()[1]
+    assert matches_of_pipeline(tiny_pipeline(), LAYERS, half) == (3, 3, 3)
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.unet.get_submodule(LAYERS[0].removeprefix("unet.")).weight[0, 0] += 1e-3  # one element in one layer
+    assert matches_of_pipeline(pipe, LAYERS, trained) == (2, 0, 3)
+    assert digests_of_pipeline(pipe, LAYERS).fingerprint != trained.fingerprint
+
+
+def test_another_base_is_refused_with_both_names_and_how_much_agrees() -> None:
+    header = trained_on(tiny_pipeline())
+    check_base(header, matches_of_pipeline(tiny_pipeline(), LAYERS, header.base.digests), "toy")
+    mixed = {"unet": tiny_pipeline(seed=1).unet, "text_encoder": tiny_pipeline().text_encoder}
+    message = (
+        r"dog was trained on the base toy \(fingerprint \w{8}\), but the loaded base is other: 1 of 3 adapted weights "
+        r"are those of the training; give it the base toy, or on_mismatch align"
+    )
     with pytest.raises(UserError, match=message):
-        check_base(header, fingerprint_of_pipeline(tiny_pipeline(seed=1), LAYERS), "other", adapter="dog")
-    with pytest.raises(UserError, match="no fingerprint"):
-        check_base(replace(HEADER, base=BaseModel("toy")), fingerprint_of_pipeline(tiny_pipeline(), LAYERS), "other")
+        check_base(header, matches_of_pipeline(mixed, LAYERS, header.base.digests), "other", adapter="dog")
 
 
-def test_no_fingerprint_of_what_is_no_model_folder(tmp_path: Path) -> None:
-    assert fingerprint_of_folder("someone/some-model", LAYERS) is None
-    assert fingerprint_of_folder(tmp_path, LAYERS) is None
+def test_what_is_no_model_folder_is_no_base(tmp_path: Path) -> None:
+    trained = digests_of_pipeline(tiny_pipeline(), LAYERS)
+    assert matches_of_folder("someone/some-model", LAYERS, trained) is None
+    assert matches_of_folder(tmp_path, LAYERS, trained) is None
     tiny_pipeline().unet.save_pretrained(tmp_path / "unet")
-    assert fingerprint_of_folder(tmp_path, LAYERS[:2]) is not None
-    assert fingerprint_of_folder(tmp_path, LAYERS) is None
-    assert fingerprint_of_folder(tmp_path, ["unet.no.such.layer"]) is None
+    of_unet = digests_of_pipeline(tiny_pipeline(), LAYERS[:2])
+    assert matches_of_folder(tmp_path, LAYERS[:2], of_unet) == (2, 0, 2)
+    assert matches_of_folder(tmp_path, LAYERS, trained) is None
+    assert matches_of_folder(tmp_path, ["unet.no.such.layer"], of_unet) == (0, 0, 1)
 
 
-def test_a_blank_fingerprint_belongs_to_no_base() -> None:
-    for blank in ("", " "):
-        with pytest.raises(UserError, match=r"trained on the base toy \(no fingerprint\)"):
-            check_base(replace(HEADER, base=BaseModel("toy", fingerprint=blank)), "float16:00", "other")
+def test_digests_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    for change in ({"stored": "AAAA"}, {"stored": "no base64!"}, {"stored": 3}, {"bfloat16": ""}):
+        with_metadata(lambda fields, change=change: fields["base"]["digests"].update(change))(
+            tmp_path / "a.safetensors"
+        )
+        with pytest.raises(UserError, match=r"damaged header: .*digests? of the base"):
+            read_header(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="digests of 3 weights for 4 layers"):
+        write_adapter(tmp_path / "a.safetensors", trained_on(tiny_pipeline()), TENSORS)
 
 
 def test_a_layer_that_the_pipeline_lacks_is_named() -> None:
     with pytest.raises(UserError, match=r"no layer unet\.no\.such\.layer"):
-        fingerprint_of_pipeline(tiny_pipeline(), ["unet.no.such.layer"])
+        digests_of_pipeline(tiny_pipeline(), ["unet.no.such.layer"])

@@ -29,7 +29,7 @@ from svft_diffusion.adapters import SpectralConfig, add_training_adapter, load_a
 from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import cache
-from svft_diffusion.files import AdapterMetadata, read_adapter
+from svft_diffusion.files import AdapterMetadata, digests_of_pipeline, layer_names, read_adapter, write_adapter
 from svft_diffusion.spectral import SingularFactors
 
 METADATA = AdapterMetadata(base_name="toy")
@@ -126,7 +126,7 @@ def test_the_driver_of_these_tests_gives_another_basis(
         load_adapter(models, tmp_path / "dog.safetensors", on_mismatch="force")
     assert relative_error(updates(models, "dog"), expected) > 0.5
     (record,) = caplog.records
-    assert "the base has the fingerprint of the training; the update of dog.safetensors differs" in record.getMessage()
+    assert "the base has the weights of the training; the update of dog.safetensors differs" in record.getMessage()
 
 
 def test_two_adapters_from_different_machines_in_one_pipeline(
@@ -166,13 +166,16 @@ def test_a_checkpoint_from_another_machine_trains_on_from_the_same_update(
 def test_an_update_that_is_not_the_trained_one_is_refused_or_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Weights that differ where the fingerprint does not look."""
+    """Weights that a forged header claims."""
     file = tmp_path / "dog.safetensors"
     expected = write(file, CONFIGS["svft banded"])
     models = {"unet": tiny_unet()}
     layer = models["unet"].mid_block.attentions[0].transformer_blocks[0].ff.net[0].proj
     with torch.no_grad():
         layer.weight[5, 3:20] += 0.05
+    header, tensors = read_adapter(file)
+    forged = replace(header.base, digests=digests_of_pipeline(models, layer_names(tensors)))
+    write_adapter(file, replace(header, base=forged), tensors)
     before = list(models["unet"].state_dict())
     with pytest.raises(UserError, match=r"by 0\.\d+ of its size; layer unet.mid_block.*ff.net.0.proj differs most"):
         load_adapter(models, file)

@@ -15,9 +15,9 @@ from svft_diffusion import SVFTConfig, load_adapter, save_adapter, set_adapters,
 from svft_diffusion.adapters import add_training_adapter
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import (
-    fingerprint_of_folder,
-    fingerprint_of_pipeline,
+    digests_of_pipeline,
     layer_names,
+    matches_of_folder,
     read_adapter,
     write_adapter,
 )
@@ -75,10 +75,10 @@ def test_an_adapter_of_a_16_bit_copy_is_measured_on_the_original(
 
 
 def test_a_16_bit_base_on_which_nothing_of_the_update_is_left_is_refused(tmp_path: Path) -> None:
-    """Other weights that a fingerprint takes for the same: rounding to 16 bit does not explain them."""
+    """Other weights that a forged header claims: rounding to 16 bit does not explain them."""
     header, tensors = read_adapter(train({"unet": tiny_unet()}, tmp_path / "dog.safetensors"))
     unet = tiny_unet(5).to(dtype=torch.float16)
-    base = dataclasses.replace(header.base, fingerprint=fingerprint_of_pipeline({"unet": unet}, layer_names(tensors)))
+    base = dataclasses.replace(header.base, digests=digests_of_pipeline({"unet": unet}, layer_names(tensors)))
     file = write_adapter(tmp_path / "dog.safetensors", dataclasses.replace(header, base=base), tensors)
     with pytest.raises(UserError, match="nothing is left of it on this base"):
         load_adapter({"unet": unet}, file)
@@ -109,18 +109,16 @@ def test_a_file_of_other_components_can_not_be_swapped_in(tmp_path: Path) -> Non
         swap_adapter(pipe, "dog", both)
 
 
-def test_the_fingerprint_of_a_folder_is_that_of_the_chosen_variant(tmp_path: Path) -> None:
+def test_the_weights_of_a_folder_are_those_of_the_chosen_variant(tmp_path: Path) -> None:
     tiny_unet(0).save_pretrained(tmp_path / "unet")
     tiny_unet(1).save_pretrained(tmp_path / "unet", variant="non_ema")
-    found = {variant: fingerprint_of_folder(tmp_path, LAYERS, variant) for variant in (None, "non_ema", "fp16")}
-    assert found == {
-        None: fingerprint_of_pipeline({"unet": tiny_unet(0)}, LAYERS),
-        "non_ema": fingerprint_of_pipeline({"unet": tiny_unet(1)}, LAYERS),
-        "fp16": fingerprint_of_pipeline({"unet": tiny_unet(0)}, LAYERS),  # there is none: diffusers takes what is
-    }
+    first, second = (digests_of_pipeline({"unet": tiny_unet(seed)}, LAYERS) for seed in (0, 1))
+    for variant, trained in ((None, first), ("non_ema", second), ("fp16", first)):  # no fp16: diffusers takes what is
+        assert matches_of_folder(tmp_path, LAYERS, trained, variant) == (2, 0, 2)
+    assert matches_of_folder(tmp_path, LAYERS, first, "non_ema") == (0, 0, 2)
 
 
-def test_the_fingerprint_of_a_folder_knows_the_shared_name_of_a_table(tmp_path: Path) -> None:
+def test_a_folder_is_asked_by_the_shared_name_of_a_table(tmp_path: Path) -> None:
     """T5 saves the table of its tokens as ``shared.weight``; its layer is called ``encoder.embed_tokens``."""
     name, table = "text_encoder.encoder.embed_tokens", torch.randn(7, 5)
     (tmp_path / "text_encoder").mkdir()
@@ -128,5 +126,5 @@ def test_the_fingerprint_of_a_folder_knows_the_shared_name_of_a_table(tmp_path: 
     live = torch.nn.Module()
     live.encoder = torch.nn.Module()
     live.encoder.embed_tokens = torch.nn.Embedding(7, 5, _weight=table)
-    expected = fingerprint_of_pipeline({"text_encoder": live}, [name])
-    assert fingerprint_of_folder(tmp_path, [name]) == expected
+    trained = digests_of_pipeline({"text_encoder": live}, [name])
+    assert matches_of_folder(tmp_path, [name], trained) == (1, 0, 1)

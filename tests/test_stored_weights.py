@@ -15,9 +15,9 @@ from tiny_models import tiny_pipeline, tiny_unet
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from svft_diffusion.factors import stored as stored_module
-from svft_diffusion.factors import stored_weight
+from svft_diffusion.files import stored_weight as stored_module
 from svft_diffusion.files.checkpoint_folder import weight_files
+from svft_diffusion.files.stored_weight import stored_weight
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -218,6 +218,6 @@ def test_reads_only_what_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPa
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr("svft_diffusion.factors.stored.safe_open", Recorder)
+    monkeypatch.setattr("svft_diffusion.files.stored_weight.safe_open", Recorder)
     assert stored_weight(unet, "conv_in", unet.conv_in.weight) is not None
     assert read == ["conv_in.weight"]

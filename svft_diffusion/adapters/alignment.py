@@ -15,6 +15,7 @@ from svft_diffusion.errors import UserError
 from svft_diffusion.files.adapter_file import bases_of
 from svft_diffusion.files.basis_records import LayerBasis, pack_bases
 from svft_diffusion.files.names import canonical_name
+from svft_diffusion.files.tensor_names import tensor_name
 from svft_diffusion.spectral import probe_error
 
 
@@ -38,11 +39,16 @@ def layers_by_name(components: Mapping[str, nn.Module], adapter: str) -> dict[st
     }
 
 
-def sketch_of_bases(layers: Mapping[str, SpectralLayer], adapter: str) -> Tensor | None:
-    """The tensor ``sketch`` of an adapter file: bases of the layers, by canonical name, that have values."""
+def sketch_of_bases(layers: Mapping[str, SpectralLayer], adapter: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor ``sketch`` of an adapter file: bases of the layers, by canonical name, that have values.
+
+    Args:
+        tensors: what the file holds of the adapter, which may be rounded; the probes are of that.
+    """
     bases = {}
     for name, layer in layers.items():
-        probes = layer.probes(adapter)
+        parts = {part: tensors[tensor_name(name, part)].float() for part in layer.trained_parts(adapter)}
+        probes = layer.probes(adapter, parts)
         if probes is not None:
             bases[name] = LayerBasis(layer.sketch(adapter), probes)
     return pack_bases(bases) if bases else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from svft_diffusion.adapters.alignment import UpdateError
 from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.injection import adapters_of
 from svft_diffusion.adapters.layers import SpectralLayer
-from svft_diffusion.adapters.methods import LayerOptions, number_of_values
+from svft_diffusion.adapters.methods import LISTED, LayerOptions, number_of_values
 from svft_diffusion.adapters.training import LARGEST_SILENT_ERROR
 from svft_diffusion.adapters.tuner import layer_options
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.fingerprint import check_base, fingerprint_of_pipeline
+from svft_diffusion.files.fingerprint import check_base, matches_of_pipeline
 from svft_diffusion.files.header import AdapterHeader
 from svft_diffusion.files.names import base_module, module_path, split_canonical_name
 from svft_diffusion.files.tensor_names import POSITIONS, TRAINED_PARTS, layer_names, tensor_name
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class BaseDifference(NamedTuple):
-    """How the base at hand differs from that of the training, going by their fingerprints."""
+    """How the base at hand differs from that of the training, going by the digests of its weights."""
 
     weights: str | None  # what to say of other weights; None where they are the same
     precision: bool  # whether they agree only when they are rounded to 16 bit
@@ -72,6 +72,21 @@ def paths_by_component(
             raise UserError(f"{file} adapts the {component}, which this pipeline does not have")
         sorted_out.setdefault(component, {})[module_path(components[component], path)] = layer
     return sorted_out
+
+
+def listed_fields(pattern: str, paths: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a `SpectralConfig` that pattern listed takes from an adapter's tensors; none for other patterns.
+
+    Args:
+        paths: path of the layer in the model -> its canonical name.
+    """
+    if pattern != LISTED:
+        return {}
+    values = {path: tensors.get(tensor_name(canonical, "values")) for path, canonical in paths.items()}
+    return {
+        "numbers_of_values": {path: len(tensor) for path, tensor in values.items() if tensor is not None},
+        "layers_with_bias": {path for path, canonical in paths.items() if tensor_name(canonical, "bias") in tensors},
+    }
 
 
 def check_fit(
@@ -122,19 +137,19 @@ def check_layout(file: Path, header: AdapterHeader, config: SpectralConfig, name
 def difference_of_base(
     pipe: object, file: Path, header: AdapterHeader, tensors: Mapping[str, Tensor], on_mismatch: OnMismatch
 ) -> BaseDifference:
-    """Compare the fingerprint of the base at hand with that of the training.
+    """Compare the weights of the base at hand with those of the training, by their digests.
 
     Raises:
-        UserError: the weights are others, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer.
+        UserError: some are others, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer.
     """
-    fingerprint = fingerprint_of_pipeline(pipe, layer_names(tensors))
+    matches = matches_of_pipeline(pipe, layer_names(tensors), header.base.digests)
     try:
-        check_base(header, fingerprint, _base_name(pipe), adapter=file.name)
+        check_base(header, matches, _base_name(pipe), adapter=file.name)
     except UserError as problem:
         if on_mismatch == "error":
             raise
         return BaseDifference(str(problem), precision=False)
-    return BaseDifference(None, precision=set(fingerprint.split()) != set(header.base.fingerprint.split()))
+    return BaseDifference(None, precision=matches.rounded > 0)
 
 
 def judge_update(
@@ -161,7 +176,7 @@ def judge_update(
     elif difference.precision:
         same_weights = "the base has the weights of the training in another precision"
     else:
-        same_weights = "the base has the fingerprint of the training"
+        same_weights = "the base has the weights of the training"
     reason = difference.weights or same_weights
     _logger.warning("%s; %s", reason, found)
 

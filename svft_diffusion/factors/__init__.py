@@ -9,7 +9,6 @@ from svft_diffusion.factors.location import (
     use_cache,
 )
 from svft_diffusion.factors.parallel import cached_factors_of
-from svft_diffusion.factors.stored import stored_weight
 
 __all__ = [
     "CACHE_SIZE_VARIABLE",
@@ -18,6 +17,5 @@ __all__ = [
     "cached_factors_of",
     "configure_cache",
     "default_cache_folder",
-    "stored_weight",
     "use_cache",
 ]

@@ -1,9 +1,22 @@
 """What adapters look like on disk: names of tensors, the file format, the fingerprint of the base model."""
 
-from svft_diffusion.files.adapter_file import bases_of, read_adapter, read_header, write_adapter
+from svft_diffusion.files.adapter_file import (
+    adapter_bytes,
+    adapter_from_bytes,
+    bases_of,
+    read_adapter,
+    read_header,
+    write_adapter,
+)
 from svft_diffusion.files.basis_records import LayerBasis, pack_bases
-from svft_diffusion.files.fingerprint import check_base, fingerprint_of_folder, fingerprint_of_pipeline
-from svft_diffusion.files.header import FORMAT_VERSION, AdapterHeader, AdapterMetadata, BaseModel
+from svft_diffusion.files.fingerprint import (
+    check_base,
+    digests_of_pipeline,
+    fingerprint_of_pipeline,
+    matches_of_folder,
+    matches_of_pipeline,
+)
+from svft_diffusion.files.header import FORMAT_VERSION, AdapterHeader, AdapterMetadata, BaseModel, metadata_of
 from svft_diffusion.files.tensor_names import (
     POSITIONS,
     SKETCH,
@@ -12,6 +25,7 @@ from svft_diffusion.files.tensor_names import (
     split_tensor_name,
     tensor_name,
 )
+from svft_diffusion.files.weight_digests import BaseDigests, Matches
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,13 +34,20 @@ __all__ = [
     "TRAINED_PARTS",
     "AdapterHeader",
     "AdapterMetadata",
+    "BaseDigests",
     "BaseModel",
     "LayerBasis",
+    "Matches",
+    "adapter_bytes",
+    "adapter_from_bytes",
     "bases_of",
     "check_base",
-    "fingerprint_of_folder",
+    "digests_of_pipeline",
     "fingerprint_of_pipeline",
     "layer_names",
+    "matches_of_folder",
+    "matches_of_pipeline",
+    "metadata_of",
     "pack_bases",
     "read_adapter",
     "read_header",

@@ -1,40 +1,60 @@
 """Adapter file, format version 1: one safetensors file for a whole pipeline; docs/file_format.md describes it.
 
-Tensors: ``<canonical layer name>.values``, ``.bias``, ``.norm`` and ``.gate`` (float32, one dimension) for what was
-trained of a layer, ``.positions`` (int32) where the values stand at places of their own, and ``sketch`` (uint8), the
-bases of all layers. Singular factors are not stored: they are recomputed from the base model, whose fingerprint the
-header holds, and aligned to the sketch.
+Tensors: ``<canonical layer name>.values``, ``.bias``, ``.norm`` and ``.gate`` (float32 or float16, one dimension) for
+what was trained of a layer, ``.positions`` (int32) where the values stand at places of their own, ``sketch`` (uint8),
+the bases of all layers, and ``<text encoder>.tokens`` (two dimensions), the embeddings of learned tokens. Singular
+factors are not stored: they are recomputed from the base model, of whose weights the header holds digests, and aligned
+to the sketch.
 
-Header: the safetensors metadata has the single key ``svft_diffusion`` (the library writes several metadata keys in
-random order; with one, the same training gives the same bytes).
+Header: the entry ``svft_diffusion`` is JSON with all that reading needs, ``svft_diffusion.digest`` a SHA-256 of
+everything else in the file, and other entries repeat what other tools show.
 """
 
 from __future__ import annotations
 
-import struct
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.basis_records import LayerBasis, unpack_bases
+from svft_diffusion.files.carrier import PNG_SIGNATURE, adapter_in_png
+from svft_diffusion.files.container import (
+    Container,
+    container_bytes,
+    content_digest,
+    dtype_name,
+    one_line,
+    read_bytes,
+    read_container,
+    tensor_bytes,
+)
 from svft_diffusion.files.header import AdapterHeader, header_from_json, header_to_json
-from svft_diffusion.files.names import split_canonical_name
-from svft_diffusion.files.tensor_names import POSITIONS, SKETCH, layer_names, split_tensor_name, tensor_name
+from svft_diffusion.files.model_spec import THUMBNAIL_KEY, shown_metadata, thumbnail_bytes
+from svft_diffusion.files.names import TEXT_ENCODERS, split_canonical_name
+from svft_diffusion.files.tensor_names import (
+    POSITIONS,
+    SKETCH,
+    TOKENS,
+    TRAINED_PARTS,
+    is_tokens,
+    layer_names,
+    split_tensor_name,
+    tensor_name,
+)
 from svft_diffusion.files.whole_files import replace_when_whole
 
 METADATA_KEY = "svft_diffusion"
+DIGEST_KEY = "svft_diffusion.digest"
 
-# An adapter of the largest model has a few thousand tensors, about 150 bytes of header each.
-_LARGEST_HEADER = 8 * 2**20
-_DTYPES = {POSITIONS: (torch.int32, "I32", "int32 positions"), SKETCH: (torch.uint8, "U8", "bytes")}
-_TRAINED_DTYPE = (torch.float32, "F32", "float32 values")
+_VALUE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_NAMES = {"float32": "F32", "float16": "F16"}
 
 
 def write_adapter(file: str | Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Path:
@@ -46,54 +66,69 @@ def write_adapter(file: str | Path, header: AdapterHeader, tensors: Mapping[str,
         UserError: what `read_adapter` would refuse, such as NaN values; or the file can't be written.
     """
     file = Path(file)
-    contents = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    for name, tensor in contents.items():
-        _check_type(file, name, _DTYPES.get(_part(name), _TRAINED_DTYPE)[0] == tensor.dtype, tuple(tensor.shape))
-    _check_contents(file, header, contents)
-    content = save(contents, {METADATA_KEY: header_to_json(header)})
+    content = adapter_bytes(header, tensors, label=str(file))
     with replace_when_whole(file) as unfinished:
         unfinished.write_bytes(content)
     return file
 
 
+def adapter_bytes(header: AdapterHeader, tensors: Mapping[str, Tensor], *, label: str = "the adapter") -> bytes:
+    """What `write_adapter` writes. ``label`` is what messages call it. Raises as `write_adapter`."""
+    if header.value_dtype not in _VALUE_DTYPES:
+        raise UserError(f"values can be stored as {', '.join(_VALUE_DTYPES)}, not as {header.value_dtype!r}")
+    contents = {name: stored_tensor(name, tensor, header.value_dtype) for name, tensor in tensors.items()}
+    for name, tensor in contents.items():
+        _check_type(label, header, name, dtype_name(tensor), tuple(tensor.shape))
+        if tensor.dtype == torch.float16 and torch.isinf(tensor).any() and torch.isfinite(tensors[name]).all():
+            raise UserError(f"{label}: {name!r} has a value too large for float16; store it as float32")
+    _check_contents(label, header, contents)
+    text = header_to_json(header)
+    plain = header_from_json(label, text, header.thumbnail)  # as a reader sees it: without folders
+    try:
+        metadata = {METADATA_KEY: text, **shown_metadata(plain, contents)}
+    except ValueError as problem:
+        raise UserError(f"{label}: {problem}") from problem
+    parts = ((name, dtype_name(held), held.shape, tensor_bytes(held)) for name, held in sorted(contents.items()))
+    content = container_bytes(contents, metadata | {DIGEST_KEY: content_digest(parts, metadata)})
+    read_container(content, label)  # what is larger than a reader takes is not written
+    return content
+
+
 def read_header(file: str | Path) -> AdapterHeader:
-    """Header of an adapter file, without reading its tensors.
+    """Header of an adapter file, of whose content the digest is checked.
 
     Raises:
         UserError: no such file, not an adapter of this product, damaged, or of another format version.
     """
-    file = Path(file)
-    check_container(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return _header_of(file, opened)
-    except (SafetensorError, OSError) as problem:
-        raise UserError(f"{file} is damaged or no safetensors file: {problem}") from problem
+    return _header_of(str(file), _container_of(read_bytes(file), str(file)))
 
 
 def read_adapter(file: str | Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
-    """Header and tensors (CPU) of an adapter file. Never unpickles anything.
+    """Header and tensors (CPU) of an adapter file, or of a PNG picture that carries one. Never unpickles anything.
 
-    The names, types and shapes of all tensors are checked before the first one is read.
+    What was trained comes as float32, however it is stored. Names, types, shapes and the digest of all content are
+    checked before the first tensor is made.
 
     Raises:
         UserError: as `read_header`; or a tensor has a foreign name, type or shape, holds NaN or infinity, or does
             not go with the others; or there are not as many as the header says.
     """
-    file = Path(file)
-    check_container(file)
+    return adapter_from_bytes(read_bytes(file), str(file))
+
+
+def adapter_from_bytes(data: bytes, label: str) -> tuple[AdapterHeader, dict[str, Tensor]]:
+    """`read_adapter` for what was read already; ``label`` is what messages call it."""
+    container = _container_of(data, label)
+    header = _header_of(label, container)
+    for name, entry in container.entries.items():
+        _check_type(label, header, name, entry.dtype, entry.shape)
     try:
-        with safe_open(file, framework="pt") as opened:
-            header = _header_of(file, opened)
-            names = sorted(opened.keys())
-            for name in names:
-                entry = opened.get_slice(name)
-                has_type = _DTYPES.get(_part(name), _TRAINED_DTYPE)[1] == entry.get_dtype()
-                _check_type(file, name, has_type, tuple(entry.get_shape()))
-            tensors = {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as problem:
-        raise UserError(f"{file} is damaged or no safetensors file: {problem}") from problem
-    _check_contents(file, header, tensors)
+        stored = load(container.data)
+    except SafetensorError as problem:
+        raise UserError(f"{label} is damaged or no safetensors file: {one_line(problem)}") from problem
+    # One at a time, so that the file is never there three times.
+    tensors = {name: _widened(stored.pop(name)) for name in sorted(stored)}
+    _check_contents(label, header, tensors)
     return header, tensors
 
 
@@ -107,79 +142,122 @@ def bases_of(tensors: Mapping[str, Tensor]) -> dict[str, LayerBasis]:
     return unpack_bases(tensors[SKETCH], layers) if SKETCH in tensors else {}
 
 
-def _header_of(file: Path, opened: Any) -> AdapterHeader:
-    metadata = opened.metadata() or {}
+def _container_of(data: bytes, label: str) -> Container:
+    if data.startswith(PNG_SIGNATURE):
+        carried = adapter_in_png(data, label)
+        if carried is None:
+            raise UserError(f"{label} is a picture that carries no adapter")
+        data = carried
+    return read_container(data, label)
+
+
+def _header_of(label: str, container: Container) -> AdapterHeader:
+    metadata = container.metadata
     if METADATA_KEY not in metadata:
-        raise UserError(f"{file} is not an svft_diffusion adapter; load a LoRA with pipe.load_lora_weights")
-    return header_from_json(file, metadata[METADATA_KEY])
-
-
-def check_container(file: Path) -> None:
-    """Refuse what can't be a safetensors file of ours before a parser sees it."""
+        raise UserError(
+            f"{label} is not an svft_diffusion adapter: `svft-diffusion import` turns a LoRA, SVDiff or SVFT file into "
+            "one, and pipe.load_lora_weights loads a LoRA as it is"
+        )
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            start = opened.read(9)
-    except OSError as problem:
-        raise UserError(f"can't read {file}: {problem.strerror or problem}") from problem
-    if len(start) < 9 or start[8:9] != b"{":
-        raise UserError(f"{file} is not a safetensors file; pickled files (.bin, .pt, .ckpt) are never opened")
-    header_size = struct.unpack("<Q", start[:8])[0]
-    if header_size > _LARGEST_HEADER:
-        raise UserError(f"{file} has a header of {header_size} bytes, more than any adapter needs")
-    if header_size + 8 > size:
-        raise UserError(f"{file} is cut short: its header alone needs {header_size + 8} bytes, it has {size}")
+        thumbnail = thumbnail_bytes(metadata.get(THUMBNAIL_KEY))
+    except ValueError as problem:
+        raise UserError(f"{label} has a damaged header: {problem}") from problem
+    header = header_from_json(label, metadata[METADATA_KEY], thumbnail)
+    others = {key: text for key, text in metadata.items() if key != DIGEST_KEY}
+    parts = (
+        (name, container.entries[name].dtype, container.entries[name].shape, container.bytes_of(name))
+        for name in sorted(container.entries)
+    )
+    if content_digest(parts, others) != metadata.get(DIGEST_KEY):
+        raise UserError(
+            f"{label} does not hold what was written into it (its digest differs): it was damaged, or changed by "
+            "another program; get it again"
+        )
+    return header
 
 
-def _part(name: str) -> str:
-    return name.rpartition(".")[2]
+def stored_tensor(name: str, tensor: Tensor, value_dtype: str) -> Tensor:
+    """The tensor as a file with ``value_dtype`` holds it: what was trained in that dtype, the rest as it is."""
+    trained = name.rpartition(".")[2] in (*TRAINED_PARTS, TOKENS) and tensor.is_floating_point()
+    return tensor.detach().cpu().to(_VALUE_DTYPES[value_dtype] if trained else tensor.dtype)
 
 
-def _check_type(file: Path, name: str, has_type: bool, shape: tuple[int, ...]) -> None:
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _check_type(label: str, header: AdapterHeader, name: str, dtype: str, shape: Sequence[int]) -> None:
     """Refuse a tensor by what the table of contents says of it."""
-    if name != SKETCH:
+    component, _, part = name.rpartition(".")
+    wanted, dimensions, kind = _NAMES[header.value_dtype], 1, f"one row of {header.value_dtype} values"
+    if name == SKETCH:
+        wanted, kind = "U8", "one row of bytes"
+    elif is_tokens(name):
+        dimensions, kind = 2, f"a table of {header.value_dtype} values"
+        if component not in TEXT_ENCODERS:
+            raise UserError(f"{label}: {name!r} are tokens of no text encoder")
+    else:
         try:
             split_tensor_name(name)
         except UserError as problem:
-            raise UserError(f"{file}: {problem}") from problem
-    if not has_type or len(shape) != 1 or shape[0] == 0:
-        kind = _DTYPES.get(_part(name), _TRAINED_DTYPE)[2]
-        raise UserError(f"{file}: {name!r} must be one row of {kind}")
+            raise UserError(f"{label}: {problem}") from problem
+        if part == POSITIONS:
+            wanted, kind = "I32", "one row of int32 positions"
+    if dtype != wanted or len(shape) != dimensions or 0 in shape:
+        raise UserError(f"{label}: {name!r} must be {kind}")
 
 
-def _check_contents(file: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+def _check_contents(label: str, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
-        raise UserError(f"{file} holds no tensors")
+        raise UserError(f"{label} holds no tensors")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{file}: {name!r} holds NaN or infinite values; the training that made it went wrong")
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise UserError(f"{label}: {name!r} holds NaN or infinite values; the training that made it went wrong")
     layers = layer_names(tensors)
     held = Counter(split_canonical_name(layer)[0] for layer in layers)
     for component in {**header.components, **held}:
         expected = header.components.get(component, 0)
         if held[component] != expected:
             raise UserError(
-                f"{file} is not whole: its header says {component}: {expected} layers, the file holds {held[component]}"
+                f"{label} is not whole: its header says {component}: {expected} layers, "
+                f"the file holds {held[component]}"
             )
+    known = len(header.base.digests.stored)
+    if known != len(layers):
+        raise UserError(f"{label} is not whole: it has digests of {known} weights for {len(layers)} layers")
     for layer in layers:
-        _check_positions(file, header, layer, tensors)
+        _check_positions(label, header, layer, tensors)
+    _check_tokens(label, header, tensors)
     if (SKETCH in tensors) != any(tensor_name(layer, "values") in tensors for layer in layers):
-        raise UserError(f"{file} is not whole: there is a tensor {SKETCH!r} where layers have values, and only there")
+        raise UserError(f"{label} is not whole: there is a tensor {SKETCH!r} where layers have values, and only there")
     try:
         bases_of(tensors)
     except ValueError as problem:
-        raise UserError(f"{file} has a damaged sketch: {problem}") from problem
+        raise UserError(f"{label} has a damaged sketch: {problem}") from problem
 
 
-def _check_positions(file: Path, header: AdapterHeader, layer: str, tensors: Mapping[str, Tensor]) -> None:
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a second tensor of its size, which `torch.isfinite` makes: the largest adapters fill the memory."""
+    low, high = tensor.aminmax()  # NaN passes through
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _check_positions(label: str, header: AdapterHeader, layer: str, tensors: Mapping[str, Tensor]) -> None:
     values = tensors.get(tensor_name(layer, "values"))
     positions = tensors.get(tensor_name(layer, POSITIONS))
     if (positions is not None) != (values is not None and header.has_positions):
         needs = "needs positions" if header.has_positions else "has no use for positions"
-        raise UserError(f"{file}: {header.method} with pattern {header.pattern} {needs}, see layer {layer}")
+        raise UserError(f"{label}: {header.method} with pattern {header.pattern} {needs}, see layer {layer}")
     if positions is None or values is None:
         return
     if len(positions) != len(values):
-        raise UserError(f"{file}: layer {layer} has {len(values)} values at {len(positions)} positions")
+        raise UserError(f"{label}: layer {layer} has {len(values)} values at {len(positions)} positions")
     if int(positions[0]) < 0 or not (positions[1:] > positions[:-1]).all():
-        raise UserError(f"{file}: the positions of layer {layer} are not ascending and distinct")
+        raise UserError(f"{label}: the positions of layer {layer} are not ascending and distinct")
+
+
+def _check_tokens(label: str, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+    """As many rows as tokens, for exactly the text encoders that learned some."""
+    rows = {name.rpartition(".")[0]: len(table) for name, table in tensors.items() if is_tokens(name)}
+    if rows != {component: len(tokens) for component, tokens in header.tokens.items()}:
+        raise UserError(f"{label} is not whole: its header names other learned tokens than the file holds")

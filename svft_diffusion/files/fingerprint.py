@@ -1,39 +1,43 @@
-"""Fingerprint of the base weights that an adapter changes: was it trained on the model at hand?
+"""Is the model at hand the one that an adapter was trained on? Its adapted weights are compared by their digests.
 
-Up to 64 evenly spaced elements of every adapted weight are hashed, cast to float16; and cast to bfloat16, because
-a pipeline loaded in bfloat16 no longer knows its float16 values. A fingerprint reads
-``float16:<hash> bfloat16:<hash>``, and two fingerprints agree when they share a part. Of a model that was cast down
-when it was loaded, the checkpoint's own values count where they can be reached: rounded to bfloat16 here and to
-float16 there, the same weights would share nothing.
+Of a model that was cast down when it was loaded, the checkpoint's own values count where they can be reached: rounded
+to bfloat16 here and to float16 there, the same weights would share nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.checkpoint_folder import checkpoint_folders, stored_name, weight_files
+from svft_diffusion.files.checkpoint_folder import stored_name, weight_files
 from svft_diffusion.files.names import base_module, components_of, module_path, split_canonical_name
+from svft_diffusion.files.stored_weight import stored_weight
+from svft_diffusion.files.weight_digests import (
+    BaseDigests,
+    Matches,
+    agreement,
+    digest_of_weight,
+    digests_of_base,
+)
 
 if TYPE_CHECKING:
     from svft_diffusion.files.header import AdapterHeader
 
-_SAMPLES = 64
-_HASH_LENGTH = 32
+# Hashing and casting leave the interpreter to others; more threads hold more copies of weights.
+_LARGEST_NUMBER_OF_THREADS = 4
 
-Sample = tuple[tuple[int, ...], Tensor]  # shape of the weight, its sampled elements
+Result = TypeVar("Result")
 
 
-def fingerprint_of_pipeline(pipe: object, names: Iterable[str]) -> str:
-    """Fingerprint of a loaded model's weights, below any adapter layers.
+def digests_of_pipeline(pipe: object, names: Iterable[str]) -> BaseDigests:
+    """Digests of a loaded model's weights, below any adapter layers; all of each weight is read.
 
     Args:
         pipe: a pipeline, or a mapping of component names to models.
@@ -42,126 +46,113 @@ def fingerprint_of_pipeline(pipe: object, names: Iterable[str]) -> str:
     Raises:
         UserError: the pipeline lacks one of the layers.
     """
-    components = components_of(pipe)
-    checkpoints: dict[str, list[dict[str, Path]]] = {}
-    samples = {}
-    for name in names:
-        component, path = split_canonical_name(name)
-        try:
-            layer = components[component].get_submodule(module_path(components[component], path))
-        except (KeyError, AttributeError):
-            raise UserError(f"the pipeline has no layer {name}") from None
-        live = _sample_of_layer(base_module(layer))
-        if live[1].dtype in (torch.float16, torch.bfloat16):
-            if component not in checkpoints:
-                checkpoints[component] = _checkpoints_of(components[component])
-            live = _finer_sample(checkpoints[component], path, live) or live
-        samples[name] = live
-    return _fingerprint(samples)
+    layers = _layers_of(pipe, names)
+
+    def digest(position: int) -> object:
+        model, path, live = layers[position]
+        finer = stored_weight(model, path, live)
+        return digest_of_weight(live if finer is None else finer)
+
+    return digests_of_base(_in_threads(digest, len(layers)))  # type: ignore[arg-type]
 
 
-def fingerprint_of_folder(folder: str | Path, names: Iterable[str], variant: str | None = None) -> str | None:
-    """The same fingerprint from a diffusers folder on disk, or a ``variant`` in it, reading only the sampled rows.
-
-    Returns None where ``folder`` is no local diffusers folder with safetensors weights, or lacks one of the layers.
-    """
-    folder = Path(folder)
-    by_component: dict[str, list[str]] = {}
-    for name in names:
-        by_component.setdefault(split_canonical_name(name)[0], []).append(name)
-    samples = {}
-    try:
-        for component, component_names in by_component.items():
-            files = weight_files(folder / component, variant)
-            for name in component_names:
-                sample = _sample_of_file(files, split_canonical_name(name)[1])
-                if sample is None:
-                    return None
-                samples[name] = sample
-    except (OSError, ValueError, SafetensorError):
-        return None
-    return _fingerprint(samples)
-
-
-def check_base(header: AdapterHeader, fingerprint: str, base_name: str, *, adapter: str = "the adapter") -> None:
-    """Compare the base that the adapter was trained on with the one at hand.
+def matches_of_pipeline(pipe: object, names: Iterable[str], trained: BaseDigests) -> Matches:
+    """How many weights of a loaded model are those of the training.
 
     Raises:
-        UserError: they differ; the message names both and the way out.
+        UserError: the pipeline lacks one of the layers.
     """
-    trained_on = set(header.base.fingerprint.split())
-    if trained_on & set(fingerprint.split()):
+    layers = _layers_of(pipe, names)
+
+    def agree(position: int) -> str | None:
+        model, path, live = layers[position]
+        found = agreement(live, trained, position)
+        if found != "exact" and (finer := stored_weight(model, path, live)) is not None:
+            return agreement(finer, trained, position) or found
+        return found
+
+    return _counted(_in_threads(agree, len(layers)))
+
+
+def matches_of_folder(
+    folder: str | Path, names: Sequence[str], trained: BaseDigests, variant: str | None = None
+) -> Matches | None:
+    """The same for a diffusers folder on disk, or a ``variant`` in it, of which no model is made.
+
+    Returns None where ``folder`` is no local diffusers folder with safetensors weights. A layer that it lacks is a
+    weight that does not match.
+    """
+    folder = Path(folder)
+    try:
+        files = {
+            component: weight_files(folder / component, variant)
+            for component in {split_canonical_name(name)[0] for name in names}
+        }
+    except (OSError, ValueError, SafetensorError):
+        return None
+    ordered = sorted(names)
+
+    def agree(position: int) -> str | None:
+        component, path = split_canonical_name(ordered[position])
+        weight = _weight_of_file(files[component], path)
+        return None if weight is None else agreement(weight, trained, position)
+
+    return _counted(_in_threads(agree, len(ordered)))
+
+
+def fingerprint_of_pipeline(pipe: object, names: Iterable[str]) -> str:
+    """One short text for the weights of these layers, see `BaseDigests.fingerprint`."""
+    return digests_of_pipeline(pipe, names).fingerprint
+
+
+def check_base(header: AdapterHeader, matches: Matches, base_name: str, *, adapter: str = "the adapter") -> None:
+    """Refuse a base of which not every adapted weight is that of the training.
+
+    Raises:
+        UserError: the message names both bases, how much of them agrees, and the way out.
+    """
+    if matches.all:
         return
     raise UserError(
-        f"{adapter} was trained on the base {header.base.name} ({_short(header.base.fingerprint)}), "
-        f"but the loaded base is {base_name} ({_short(fingerprint)}): their weights differ, "
-        f"use --pretrained_model_name_or_path {header.base.name}"
+        f"{adapter} was trained on the base {header.base.name} (fingerprint {header.base.short_fingerprint}), but the "
+        f"loaded base is {base_name}: {matches}; give it the base {header.base.name}, or "
+        "on_mismatch align if this is a slightly other copy of that"
     )
 
 
-def _short(fingerprint: str) -> str:
-    parts = fingerprint.split()
-    return f"fingerprint {parts[0].partition(':')[2][:8]}" if parts else "no fingerprint"
+def _layers_of(pipe: object, names: Iterable[str]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Model, canonical path and frozen weight of each layer, in the order of the names."""
+    components = components_of(pipe)
+    layers = []
+    for name in sorted(names):
+        component, path = split_canonical_name(name)
+        try:
+            model = components[component]
+            layer = base_module(model.get_submodule(module_path(model, path)))
+        except (KeyError, AttributeError):
+            raise UserError(f"the pipeline has no layer {name}") from None
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        layers.append((model, path, weight.detach()))
+    return layers
 
 
-def _fingerprint(samples: Mapping[str, Sample]) -> str:
-    # A bfloat16 weight has lost the bits that the float16 part is made of.
-    lossy = any(values.dtype == torch.bfloat16 for _, values in samples.values())
-    dtypes = {"bfloat16": torch.bfloat16} if lossy else {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    parts = []
-    for label, dtype in dtypes.items():
-        digest = hashlib.sha256()
-        for name in sorted(samples):
-            shape, values = samples[name]
-            digest.update(f"{name}|{shape}|".encode())
-            digest.update(values.to(dtype).view(torch.uint8).numpy().tobytes())
-        parts.append(f"{label}:{digest.hexdigest()[:_HASH_LENGTH]}")
-    return " ".join(parts)
-
-
-def _sampled_positions(numel: int) -> list[int]:
-    count = min(_SAMPLES, numel)
-    return [index * (numel - 1) // max(count - 1, 1) for index in range(count)]
-
-
-def _sample_of_layer(layer: nn.Module) -> Sample:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    positions = torch.tensor(_sampled_positions(weight.numel()), device=weight.device)
-    return tuple(weight.shape), weight.detach().reshape(-1)[positions].cpu()
-
-
-def _checkpoints_of(model: nn.Module) -> list[dict[str, Path]]:
-    found = []
-    for folder in checkpoint_folders(model):
-        with contextlib.suppress(OSError, ValueError, SafetensorError):  # no weights there, or damaged ones
-            found.append(weight_files(folder))
-    return found
-
-
-def _finer_sample(checkpoints: Iterable[Mapping[str, Path]], canonical_path: str, live: Sample) -> Sample | None:
-    """The sample that a checkpoint holds in more bits, if cast to the dtype of ``live`` it is the same."""
-    shape, values = live
-    for files in checkpoints:
-        with contextlib.suppress(OSError, SafetensorError):
-            stored = _sample_of_file(files, canonical_path)
-            if stored is not None and stored[0] == shape and torch.equal(stored[1].to(values.dtype), values):
-                return stored
-    return None
-
-
-def _sample_of_file(files: Mapping[str, Path], canonical_path: str) -> Sample | None:
-    tensor = stored_name(f"{canonical_path}.weight", files)
-    if tensor is None:
+def _weight_of_file(files: Mapping[str, Path], path: str) -> Tensor | None:
+    name = stored_name(f"{path}.weight", files)
+    if name is None:
         return None
-    with safe_open(files[tensor], framework="pt") as file:
-        rows = file.get_slice(tensor)
-        shape = tuple(rows.get_shape())
-        width = 1
-        for size in shape[1:]:
-            width *= size
-        values = [
-            rows[position // width : position // width + 1].reshape(-1)[position % width]
-            for position in _sampled_positions(shape[0] * width)
-        ]
-    return shape, torch.stack(values)
+    try:
+        with safe_open(files[name], framework="pt") as file:
+            weight: Tensor = file.get_tensor(name)
+    except (OSError, SafetensorError):
+        return None
+    return weight
+
+
+def _counted(found: Sequence[str | None]) -> Matches:
+    return Matches(sum(kind is not None for kind in found), found.count("rounded"), len(found))
+
+
+def _in_threads(function: Callable[[int], Result], number: int) -> list[Result]:
+    with ThreadPoolExecutor(min(_LARGEST_NUMBER_OF_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, range(number)))

@@ -9,6 +9,7 @@ serves transformers 4 and 5. ``CLIPTextModelWithProjection`` has that level in b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import nn
@@ -16,9 +17,12 @@ from torch import nn
 from svft_diffusion.errors import UserError
 
 # Components of a pipeline that can carry an adapter, in the order in which they are visited.
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", *TEXT_ENCODERS)
 
 _TEXT_MODEL = "text_model."
+# `down_blocks.0`, `mid_block`, `transformer_blocks.7`, `encoder.layers.3`: as far as a block has a number of its own.
+_BLOCK = re.compile(r"(?:text_model\.)?(encoder\.(?:layers|block)\.\d+|\w+\.\d+|\w+)")
 
 
 def components_of(pipe: object) -> dict[str, nn.Module]:
@@ -58,6 +62,18 @@ def base_module(module: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
+
+
+def block_of(layer: str) -> str:
+    """The block of a layer by canonical name: ``unet.down_blocks.0.attentions.1...to_q`` -> ``unet.down_blocks.0``."""
+    component, _, path = layer.partition(".")
+    found = _BLOCK.match(path)
+    return f"{component}.{found[1] if found else path}"
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts ``blocks.10`` after ``blocks.9``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _dropped_level(model: nn.Module) -> str:

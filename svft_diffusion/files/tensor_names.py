@@ -1,4 +1,4 @@
-"""Names of the tensors in an adapter file: ``<canonical layer name>.<part>``, and ``sketch`` for the whole file."""
+"""Names of the tensors in an adapter file: ``<layer>.<part>``, ``<text encoder>.tokens``, and ``sketch``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ TRAINED_PARTS = ("values", "bias", "norm", "gate")
 POSITIONS = "positions"
 # One tensor for the whole file: the bases of all layers, see `svft_diffusion.files.basis_records`.
 SKETCH = "sketch"
+# One tensor for each text encoder that learned tokens: ``text_encoder.tokens``, a row for each.
+TOKENS = "tokens"
 
 
 def tensor_name(layer: str, part: str) -> str:
@@ -34,10 +36,15 @@ def split_tensor_name(name: str) -> tuple[str, str]:
     return layer, part
 
 
+def is_tokens(name: str) -> bool:
+    """Whether a tensor holds embeddings of learned tokens: it belongs to a component, and to no layer."""
+    return name.rpartition(".")[2] == TOKENS and name.count(".") == 1
+
+
 def layer_names(tensors: Iterable[str]) -> list[str]:
     """Canonical names of the layers that the tensors named ``tensors`` belong to, sorted.
 
     Raises:
         UserError: as `split_tensor_name`.
     """
-    return sorted({split_tensor_name(name)[0] for name in tensors if name != SKETCH})
+    return sorted({split_tensor_name(name)[0] for name in tensors if name != SKETCH and not is_tokens(name)})
