@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -114,6 +114,18 @@ def _count(k: int) -> int:
     return math.ceil(FRACTION * k)
 
 
+def _listed_config(method: str, *, bias: bool = False, **options: Any) -> SpectralConfig:
+    """Four values somewhere, as a file with pattern listed may have them."""
+    return SpectralConfig(
+        method=method,
+        pattern="listed",
+        numbers_of_values={"layer": 4},
+        train_bias=True,
+        layers_with_bias=["layer"] if bias else [],
+        **options,
+    )
+
+
 METHODS: dict[str, MethodCase] = {
     "svft plain": MethodCase(SVFTConfig, band(0)),
     "svft plain, rank 3": MethodCase(partial(SVFTConfig, rank=3), band(0, 3)),
@@ -138,6 +150,11 @@ METHODS: dict[str, MethodCase] = {
     "siva top": MethodCase(partial(SiVAConfig, fraction=FRACTION, select="top"), triplets(lambda k: range(_count(k)))),
     "siva all": MethodCase(partial(SiVAConfig, select="all"), triplets(range)),
     "siva random": MethodCase(partial(SiVAConfig, fraction=FRACTION, select="random"), triplets(range)),
+    "svft listed": MethodCase(partial(_listed_config, "svft"), listed()),
+    "svft listed, rank 3": MethodCase(partial(_listed_config, "svft", rank=3, bias=True), listed(3)),
+    "svdiff listed": MethodCase(partial(_listed_config, "svdiff", bias=True), triplets(range), relu=True),
+    "vectorfit listed": MethodCase(partial(_listed_config, "vectorfit"), triplets(range)),
+    "siva listed": MethodCase(partial(_listed_config, "siva"), triplets(range)),
 }
 
 LAYERS: dict[str, LayerCase] = {
@@ -216,6 +233,7 @@ def add(model: Holder, method: str, name: str = "a", *, seed: int | None = 2) ->
     layer = spectral_layers(model)["layer"]  # a LoRA may lie around it
     if seed is not None:
         randomize(layer, name, seed)
+        move_listed(layer, name, seed)
     return layer
 
 
@@ -233,6 +251,18 @@ def randomize(layer: SpectralLayer, name: str, seed: int = 2, scale: float = 0.5
     with torch.no_grad():
         for part in layer.trained_parts(name).values():
             part.copy_(scale * torch.randn(part.shape, generator=generator))
+
+
+def move_listed(layer: SpectralLayer, name: str, seed: int = 2) -> None:
+    """Other places for values with pattern listed, as a file says them."""
+    positions, options = layer.positions(name), layer.options[name]
+    if positions is None or options.pattern != "listed":
+        return
+    assert layer.factors is not None
+    places = len(layer.factors.S) if options.listed_triplets else options.rank**2
+    chosen = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[: len(positions)]
+    positions.copy_(chosen.sort().values)
+    layer.renew_sketch(name)
 
 
 def force_strategy(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:

@@ -31,6 +31,7 @@ BLENDS = {
     "other widths of the band": ("svft banded 1", "svft banded 3", "svft banded 1, rank 4"),
     "other patterns": ("svft banded 1", "svft random", "svft top-k, rank 4", "svft plain"),
     "other selections": ("siva bottom", "siva top", "siva random"),
+    "listed beside whole": ("svft listed", "svft listed, rank 3", "svft plain", "svdiff listed", "svdiff"),
     "everything": (
         "svdiff",
         "svft banded 1, official init",

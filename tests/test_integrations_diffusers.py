@@ -322,3 +322,14 @@ def test_text_encoders_take_adapters_from_transformers() -> None:
     assert torch.equal(output_of(encoder, tiny_tokens()), base)
     encoder.enable_adapters()
     assert torch.equal(output_of(encoder, tiny_tokens()), expected)
+
+
+def test_pipelines_find_the_sizes_of_adapted_layers() -> None:
+    """SDXL's pipelines ask a layer of the UNet for its number of inputs."""
+    unet = ARCHITECTURES["sdxl"].build()
+    before = unet.add_embedding.linear_1.in_features, unet.conv_in.out_channels
+    inject(unet, SVFTConfig(targets="all"), "dog")
+    assert isinstance(unet.add_embedding.linear_1, SpectralLayer)
+    assert (unet.add_embedding.linear_1.in_features, unet.conv_in.out_channels) == before
+    with pytest.raises(AttributeError):
+        _ = unet.conv_in.in_features

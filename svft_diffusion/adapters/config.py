@@ -22,7 +22,9 @@ class SpectralConfig(PeftConfig):
     Attributes:
         method: ``svft``, ``svdiff``, ``vectorfit`` or ``siva``.
         pattern: which entries of the core matrix train: ``plain`` (the diagonal) or, for SVFT, ``banded``,
-            ``random`` or ``top_k``.
+            ``random`` or ``top_k``. ``listed`` is what an adapter file has of which only some values were kept: any
+            number in each layer, at positions that the file lists. For SVFT those are entries ``i * r + j`` of the
+            core matrix over the leading ``r`` triplets (see ``rank``), for the other methods triplets.
         off_diagonals: off-diagonals on each side of the diagonal with the banded pattern; ``random`` and ``top_k``
             train as many entries as the banded pattern with this number would.
         rank: number of leading singular triplets that train; None for all. The others stay as they are.
@@ -40,6 +42,10 @@ class SpectralConfig(PeftConfig):
             memory, and about half a percent of noise in the gradients of the values.
         targets: preset of layers; see `svft_diffusion.adapters.targets.PRESETS`.
         target_modules: names or a regular expression of layers as in PEFT, instead of a preset.
+        numbers_of_values: with pattern ``listed``, and only then: path of a layer -> how many values it has. A layer
+            that is not in it has none, but its bias or norm may still be shifted. Loading an adapter fills it in
+            from the file.
+        layers_with_bias: with pattern ``listed``: paths of the layers whose bias is shifted, if ``train_bias`` is on.
 
     Raises:
         UserError: unknown method, pattern or preset, or numbers that don't fit together.
@@ -60,12 +66,15 @@ class SpectralConfig(PeftConfig):
     compress_activations: bool = False
     targets: str = DEFAULT_PRESET
     target_modules: TargetModules = field(default=None)
+    numbers_of_values: dict[str, int] | None = None
+    layers_with_bias: set[str] | list[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SpectralPeftType.SPECTRAL
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        self.layers_with_bias = set(self.layers_with_bias)  # a list when it comes from JSON
         if self.target_modules is None:
             check_preset(self.targets)
         check_options(self)

@@ -42,6 +42,9 @@ Strength = float | Tensor
 INITS = ("zero", "random", "official")
 SELECTIONS = ("bottom", "top", "all", "random")
 NORM_SHIFTS = ("vector", "scalar")
+LISTED = "listed"
+"""The pattern of adapters of which only some values were kept: a file has any number of them in each layer, and says
+where they stand. Nothing says it beforehand, so it is no choice for training."""
 DEFAULT_FRACTION = 0.2  # SiVA
 
 _RANDOM_INIT_DEVIATION = 0.01
@@ -62,11 +65,12 @@ class LayerOptions:
     parts: frozenset[str]  # of values, bias, norm, gate
     norm_shift: str
     compress: bool
+    listed_values: int = 0  # how many, with pattern listed
 
     @property
     def lists_positions(self) -> bool:
         """Whether the layer keeps a list: of entries of the core matrix, or of triplets."""
-        return "values" in self.parts and (self.pattern in ("random", "top_k") or self.listed_triplets)
+        return "values" in self.parts and (self.pattern in ("random", "top_k", LISTED) or self.listed_triplets)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ class Method(Protocol):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Patterns of the core matrix that the method has."""
+        """Patterns of the core matrix that the method can train."""
+
+    @property
+    def lists_entries(self) -> bool:
+        """Whether pattern listed names entries of the core matrix; else it names triplets."""
 
     @property
     def inits(self) -> tuple[str, ...]:
@@ -118,6 +126,7 @@ class SVFT(LeadingTriplets):
     """Core matrices of several adapters add up, each times its strength."""
 
     patterns = ("plain", "banded", "random", "top_k")
+    lists_entries = True
     inits = INITS
 
     def core(self, sigma: Tensor, triplets: Triplets, terms: Sequence[Term]) -> Core:
@@ -133,6 +142,7 @@ class SVDiff(LeadingTriplets):
     """Shifts of several adapters add up inside the relu (SVDiff, Eq. 4)."""
 
     patterns = ("plain",)
+    lists_entries = False
     inits = ("zero", "random")
 
     def core(self, sigma: Tensor, triplets: Triplets, terms: Sequence[Term]) -> Core:
@@ -147,6 +157,7 @@ class VectorFit(LeadingTriplets):
     """Singular values train without a relu, so shifts of several adapters add up."""
 
     patterns = ("plain",)
+    lists_entries = False
     inits = ("zero", "random")
 
     def core(self, sigma: Tensor, triplets: Triplets, terms: Sequence[Term]) -> Core:
@@ -198,8 +209,31 @@ def core_rows_and_columns(term: Term) -> tuple[Tensor, Tensor]:
     return flat // options.rank, flat % options.rank
 
 
+def trained_triplets(config: SpectralConfig, size: int, seed: int, listed: int) -> Triplets:
+    """Which of a layer's ``size`` triplets train.
+
+    Args:
+        listed: number of the layer's values with pattern listed. Where these stand on triplets of their own, the
+            first ones hold their places until those in the file are copied in.
+
+    Raises:
+        ValueError: the options don't fit the layer.
+    """
+    method = METHODS[config.method]
+    if config.pattern != LISTED or method.lists_entries:
+        return method.triplets(config, size, seed)
+    if not 1 <= listed <= size:
+        raise ValueError(f"it has {size} singular values, and {listed} are listed")
+    return torch.arange(listed)
+
+
 def number_of_values(options: LayerOptions) -> int:
     """Trained entries of the core matrix. Raises ValueError where the options don't fit the layer."""
+    if options.pattern == LISTED:
+        places = options.rank if options.listed_triplets else options.rank**2
+        if not 1 <= options.listed_values <= places:
+            raise ValueError(f"it has {places} places for values, and {options.listed_values} are listed")
+        return options.listed_values
     if options.off_diagonals >= options.rank:
         raise ValueError(
             f"off_diagonals={options.off_diagonals} is too large for {options.rank} singular values: "
@@ -215,6 +249,8 @@ def initial_positions(options: LayerOptions, triplets: Triplets, factors: Singul
     if isinstance(triplets, Tensor):
         return triplets.to(torch.int32)
     count = number_of_values(options)
+    if options.pattern == LISTED:
+        return torch.arange(count, dtype=torch.int32)  # until those in the file are copied in
     if options.pattern == "random":
         return random_positions(options.rank, count, options.seed)
     return top_k_positions(factors.U[:, triplets], factors.Vh[triplets], count)
@@ -252,7 +288,10 @@ def check_options(config: SpectralConfig) -> None:
         UserError: an option that the method does not have, or a number that can't be.
     """
     method = method_named(config.method)
-    _known("pattern", config.pattern, method.patterns, f" for method {config.method}")
+    if config.pattern != LISTED:
+        _known("pattern", config.pattern, method.patterns, f" for method {config.method}")
+    if (config.pattern == LISTED) != (config.numbers_of_values is not None):
+        raise UserError("pattern listed comes with numbers_of_values, from an adapter file; train with another pattern")
     _known("init", config.init, method.inits, f" for method {config.method}")
     _known("norm_shift", config.norm_shift, NORM_SHIFTS)
     _check_off_diagonals(config)
@@ -264,10 +303,12 @@ def check_options(config: SpectralConfig) -> None:
 
 
 def _check_off_diagonals(config: SpectralConfig) -> None:
-    if config.pattern == "plain" and config.off_diagonals != 0:
+    if config.pattern in ("plain", LISTED) and config.off_diagonals != 0:
         banded = "pattern banded" if config.method == "svft" else "method svft with pattern banded"
         remedy = f"use {banded}, or off_diagonals 0"
-        raise UserError(f"pattern plain has no off-diagonals, got off_diagonals={config.off_diagonals}; {remedy}")
+        raise UserError(
+            f"pattern {config.pattern} has no off-diagonals, got off_diagonals={config.off_diagonals}; {remedy}"
+        )
     if config.pattern == "banded" and config.off_diagonals < 1:
         raise UserError(
             f"pattern banded needs off_diagonals of at least 1, got {config.off_diagonals}; 2 is a good start"

@@ -148,9 +148,17 @@ def copy_tensors(layers: Mapping[str, SpectralLayer], name: str, state: Mapping[
             raise UserError(f"the state does not fit adapter {name!r}: {key} has another number of values")
     for canonical, layer in layers.items():
         _check_positions(name, canonical, layer, state.get(tensor_name(canonical, POSITIONS)))
+    moved = [
+        layer
+        for canonical, layer in layers.items()
+        if (key := tensor_name(canonical, POSITIONS)) in tensors
+        and not torch.equal(tensors[key].cpu(), state[key].cpu())
+    ]
     with torch.no_grad():
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
+    for layer in moved:  # what describes their basis went by the positions they had
+        layer.renew_sketch(name)
 
 
 def _check_positions(name: str, canonical: str, layer: SpectralLayer, positions: Tensor | None) -> None:

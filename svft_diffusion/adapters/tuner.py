@@ -19,19 +19,21 @@ from svft_diffusion.adapters.injection import remove
 from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.layers.kinds import Kind, layer_kind, matrix_of
 from svft_diffusion.adapters.methods import (
+    LISTED,
     LayerOptions,
     Triplets,
     initial_positions,
-    method_named,
     number_of_values,
     seed_of_layer,
+    trained_triplets,
 )
 from svft_diffusion.adapters.names import check_adapter_name
 from svft_diffusion.adapters.registration import PREFIX
 from svft_diffusion.adapters.targets import adaptable_layers, matching_layers
 from svft_diffusion.errors import UserError
-from svft_diffusion.factors import cached_factors_of, stored_weight
+from svft_diffusion.factors import cached_factors_of
 from svft_diffusion.files.names import base_module
+from svft_diffusion.files.stored_weight import stored_weight
 from svft_diffusion.spectral import SingularFactors
 
 _ALL_LINEAR = "all-linear"
@@ -175,7 +177,7 @@ def layer_options(module: nn.Module, path: str, config: SpectralConfig) -> tuple
     kind = layer_kind(base)
     _check_layer(module, base, kind, path)
     assert kind is not None
-    parts = trained_parts(base, kind, config)
+    parts, listed_values = _listed_parts(trained_parts(base, kind, config), path, config)
     if not parts:
         raise UserError(f"layer {path} has nothing that would train (no bias, or norms are left out); leave it out")
     seed = seed_of_layer(config.seed, path)
@@ -183,7 +185,7 @@ def layer_options(module: nn.Module, path: str, config: SpectralConfig) -> tuple
     try:
         if "values" in parts:
             size = min(matrix_of(kind, base.weight).shape)  # type: ignore[arg-type]
-            triplets = method_named(config.method).triplets(config, size, seed)
+            triplets = trained_triplets(config, size, seed, listed_values)
         options = LayerOptions(
             method=config.method,
             pattern=config.pattern,
@@ -196,6 +198,7 @@ def layer_options(module: nn.Module, path: str, config: SpectralConfig) -> tuple
             parts=parts,
             norm_shift=config.norm_shift,
             compress=config.compress_activations,
+            listed_values=listed_values,
         )
         if "values" in parts:
             number_of_values(options)
@@ -214,6 +217,19 @@ def trained_parts(base: nn.Module, kind: Kind, config: SpectralConfig) -> frozen
     if config.train_bias and isinstance(getattr(base, "bias", None), Tensor):
         parts.add("bias")
     return frozenset(parts)
+
+
+def _listed_parts(parts: frozenset[str], path: str, config: SpectralConfig) -> tuple[frozenset[str], int]:
+    """Of what can train in a layer, what the layer has, and the number of its values if the pattern is listed."""
+    if config.pattern != LISTED:
+        return parts, 0
+    assert config.numbers_of_values is not None
+    path = path.replace(".base_layer", "")
+    if path not in config.numbers_of_values:
+        parts -= {"values", "gate"}
+    if path not in config.layers_with_bias:
+        parts -= {"bias"}
+    return parts, config.numbers_of_values.get(path, 0)
 
 
 def _check_layer(module: nn.Module, base: nn.Module, kind: Kind | None, path: str) -> None:

@@ -12,7 +12,7 @@ from svft_diffusion.adapters.injection import adapters_of
 from svft_diffusion.adapters.layer_index import indexed_layers
 from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.names import components_of, module_path
+from svft_diffusion.files.names import canonical_name, components_of, module_path
 
 # Module path -> weight of the layers below it; the longest path that leads to a layer counts, "" leads to all.
 BlockWeights = Mapping[str, float]
@@ -83,6 +83,24 @@ def per_sample_adapters(pipe: object, weights: Sequence[Mapping[str, AdapterWeig
     finally:
         for layer, sample_weights in before:
             layer.sample_weights = sample_weights
+
+
+def weights_in_layers(pipe: object, name: str, weight: AdapterWeight) -> dict[str, float]:
+    """Canonical name of each layer that carries adapter ``name`` -> the weight that `set_adapters` would give it there.
+
+    Raises:
+        UserError: as `set_adapters`.
+    """
+    components = components_of(pipe)
+    layers = {component: indexed_layers(model) for component, model in components.items()}
+    check_loaded(components, [name])
+    by_component = _weights_by_layer(components, layers, name, weight)
+    return {
+        canonical_name(component, components[component], path): by_component[component][position]
+        for component, by_path in layers.items()
+        for position, (path, layer) in enumerate(by_path.items())
+        if layer.has_adapter(name)
+    }
 
 
 def check_loaded(components: Mapping[str, nn.Module], names: Mapping[str, object] | Sequence[str]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svft_diffusion.adapters.methods import LayerOptions, Term, Triplets, core_rows_and_columns, number_of_values
+from svft_diffusion.adapters.methods import (
+    LISTED,
+    LayerOptions,
+    Term,
+    Triplets,
+    core_rows_and_columns,
+    number_of_values,
+)
 from svft_diffusion.spectral import Alignment, SingularFactors, align_basis, basis_error, sketch_of_basis
 
 LARGEST_SILENT_ERROR = 1e-3
@@ -14,27 +21,34 @@ LARGEST_SILENT_ERROR = 1e-3
 # A state dict asks for tensors of one size on every machine, a sketch is as long as its basis needs: its length
 # comes first (4 bytes, little endian), zeros fill the rest.
 _LENGTH_BYTES = 4
+_BYTES_BESIDE = 24  # what a layer's sketch and its record in the file take at least, nearly
 
 
-def stored_sketch(factors: SingularFactors, options: LayerOptions, triplets: Triplets) -> Tensor:
-    """Sketch of the triplets that an adapter trains, uint8, padded to a length that its options alone decide."""
-    budget = byte_budget(options)
-    sketch = sketch_of_basis(_restricted(factors, triplets), signs=_needs_signs(options), byte_budget=budget)
-    stored = torch.zeros(_LENGTH_BYTES + max(budget, len(sketch)), dtype=torch.uint8)
+def stored_sketch(factors: SingularFactors, term: Term) -> Tensor:
+    """Sketch of the triplets that an adapter trains, uint8, padded to a length that its options alone decide.
+
+    Of the adapter's ``term``, the values need not be there yet.
+    """
+    budget = byte_budget(term.options)
+    sketch = sketch_of_basis(_restricted(factors, term.triplets), signs=_needs_signs(term), byte_budget=budget)
+    room = max(budget, len(sketch))
+    if _signs_depend_on_positions(term.options):
+        room = max(room, _BYTES_BESIDE + (term.options.rank + 1) // 2)
+    stored = torch.zeros(_LENGTH_BYTES + room, dtype=torch.uint8)
     stored[:_LENGTH_BYTES] = torch.tensor(list(len(sketch).to_bytes(_LENGTH_BYTES, "little")), dtype=torch.uint8)
     stored[_LENGTH_BYTES : _LENGTH_BYTES + len(sketch)] = sketch
     return stored
 
 
 def trimmed(stored: Tensor) -> Tensor:
-    """The sketch in what `stored_sketch` made."""
+    """A copy of the sketch in what `stored_sketch` made."""
     length = int.from_bytes(bytes(stored[:_LENGTH_BYTES].tolist()), "little")
-    return stored[_LENGTH_BYTES : _LENGTH_BYTES + length]
+    return stored[_LENGTH_BYTES : _LENGTH_BYTES + length].clone()
 
 
 def byte_budget(options: LayerOptions) -> int:
     """Bytes that a sketch may take, beyond what it always holds: a fifth of the values', less what is stored beside."""
-    return max(4 * number_of_values(options) // 5 - 24, 0)
+    return max(4 * number_of_values(options) // 5 - _BYTES_BESIDE, 0)
 
 
 def aligned(factors: SingularFactors, sketch: Tensor, triplets: Triplets) -> Alignment:
@@ -67,12 +81,19 @@ def error_of_signs_alone(factors: SingularFactors, alignment: Alignment, term: T
     signs = alignment.signs.to(U)
     kept = SingularFactors(U * signs, S, Vh * signs[:, None])
     meant = _restricted(alignment.factors, term.triplets)
-    return max(alignment.error, basis_error(kept, meant, signs=_needs_signs(term.options)))
+    return max(alignment.error, basis_error(kept, meant, signs=_needs_signs(term)))
 
 
-def _needs_signs(options: LayerOptions) -> bool:
+def _needs_signs(term: Term) -> bool:
     """Whether the core has entries off its diagonal, which joint flips of singular vectors change."""
-    return options.off_diagonals > 0 or options.pattern in ("random", "top_k")
+    if _signs_depend_on_positions(term.options):
+        rows, columns = core_rows_and_columns(term)
+        return not torch.equal(rows, columns)
+    return term.options.off_diagonals > 0 or term.options.pattern in ("random", "top_k")
+
+
+def _signs_depend_on_positions(options: LayerOptions) -> bool:
+    return options.pattern == LISTED and not options.listed_triplets
 
 
 def _restricted(factors: SingularFactors, triplets: Triplets) -> SingularFactors:

@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from svft_diffusion.adapters.layers.training import TrainingPaths
 from svft_diffusion.adapters.methods import LayerOptions, Term, combined_core, initial_values
 from svft_diffusion.spectral import SingularFactors, probe_update
 
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
 _logger = logging.getLogger(__name__)
 # Not in the layers: a lock can be neither copied nor pickled.
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -103,6 +105,12 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """Groups of a convolution, 1 for other layers; PEFT's LoRA asks what it goes around."""
         return int(getattr(self.get_base_layer(), "groups", 1))
 
+    def __getattr__(self, name: str) -> Any:
+        """Sizes of the frozen layer: pipelines ask their models' layers for them."""
+        if name in _SIZES:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
     def has_adapter(self, name: str) -> bool:
         """Whether an adapter is in this layer."""
         return name in self.options
@@ -123,6 +131,15 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             return None
         positions: Tensor = self.spectral_positions[name]
         return positions
+
+    def term(self, name: str, *, strength: float | Tensor = 1.0, on_cpu: bool = False) -> Term:
+        """One adapter's part in this layer, at a strength of its own; ``on_cpu`` gives copies out of autograd."""
+        parts: dict[str, Tensor] = dict(self.trained_parts(name))
+        positions = self.positions(name)
+        if on_cpu:
+            parts = {part: tensor.detach().cpu() for part, tensor in parts.items()}
+            positions = None if positions is None else positions.cpu()
+        return Term(strength, self.options[name], parts, positions)
 
     def add_adapter(
         self,
@@ -159,8 +176,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self.call_scales[adapter_name] = []
         if "values" in options.parts and self.factors is not None:
             # Without the values: PEFT may have them on the meta device until they are loaded.
-            triplets = Term(1.0, options, {}, positions).triplets
-            self.spectral_sketch[adapter_name] = basis.stored_sketch(self.factors, options, triplets).to(device)
+            term = Term(1.0, options, {}, positions)
+            self.spectral_sketch[adapter_name] = basis.stored_sketch(self.factors, term).to(device)
         self._forget_copies()  # memory of an adapter of this name that was deleted may have been given to this one
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -191,8 +208,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """
         if name not in self.spectral_sketch or self._placed is None:
             return 0.0
-        factors, term = self._placed.factors, self._term(name, on_cpu=True)
-        own = basis.stored_sketch(factors, term.options, term.triplets)
+        factors, term = self._placed.factors, self.term(name, on_cpu=True)
+        own = basis.stored_sketch(factors, term)
         if torch.equal(sketch.cpu(), basis.trimmed(own)):
             self.spectral_sketch[name].copy_(own)  # other triplets may have been copied in, with their values
             return 0.0
@@ -206,18 +223,28 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 values.mul_(basis.signs_of_values(term, aligned.signs).to(values))
             error = basis.error_of_signs_alone(factors, aligned, term)
-        own = basis.stored_sketch(self._placed.factors, term.options, term.triplets)
-        self.spectral_sketch[name] = own.to(values.device)
+        self.renew_sketch(name)
         self._folded = None
         return error
 
-    def probes(self, name: str) -> Tensor | None:
-        """Four numbers (float32) that tell an adapter's update at strength 1; None where it has no values here."""
+    def renew_sketch(self, name: str) -> None:
+        """Describe the basis as it is now, after other positions were copied in or the factors have changed."""
+        assert self._placed is not None
+        own = basis.stored_sketch(self._placed.factors, self.term(name, on_cpu=True))
+        self.spectral_sketch[name] = own.to(self._weight.device)
+
+    def probes(self, name: str, parts: Mapping[str, Tensor] | None = None) -> Tensor | None:
+        """Four numbers (float32) that tell an adapter's update at strength 1; None where it has no values here.
+
+        Args:
+            parts: what to take in place of its trained parts, such as the rounded ones that a file holds.
+        """
         if name not in self.spectral_values or self.factors is None:
             return None
         U, S, Vh = self.factors
+        term = self.term(name, on_cpu=True)
         with torch.no_grad():
-            core, triplets = combined_core(S, [self._term(name, on_cpu=True)])
+            core, triplets = combined_core(S, [replace(term, parts={**term.parts, **(parts or {})})])
             return probe_update(U[:, triplets], core, Vh[triplets])
 
     # Output
@@ -360,15 +387,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _terms_of_samples(self, sample_weights: Sequence[Mapping[str, float]]) -> list[list[Term]]:
         """For each sample, the parts of all adapters that some sample uses."""
         names = sorted({name for weights in sample_weights for name in weights if name in self.options})
-        return [[self._term(name, strength=weights.get(name, 0.0)) for name in names] for weights in sample_weights]
-
-    def _term(self, name: str, *, strength: float | Tensor = 1.0, on_cpu: bool = False) -> Term:
-        parts: dict[str, Tensor] = dict(self.trained_parts(name))
-        positions = self.positions(name)
-        if on_cpu:
-            parts = {part: tensor.detach().cpu() for part, tensor in parts.items()}
-            positions = None if positions is None else positions.cpu()
-        return Term(strength, self.options[name], parts, positions)
+        return [[self.term(name, strength=weights.get(name, 0.0)) for name in names] for weights in sample_weights]
 
     def _terms(self, adapter_names: Sequence[str], *, as_tensors: bool = False) -> list[Term]:
         """The parts of the named adapters that this layer has and whose strength is not zero.
@@ -377,9 +396,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in adapter_names if name in self.options]
         if as_tensors:
-            return [self._term(name, strength=self.weight_tensors[name]) for name in names]
+            return [self.term(name, strength=self.weight_tensors[name]) for name in names]
         strengths = {name: self._strength(name) for name in names}
-        return [self._term(name, strength=strength) for name, strength in strengths.items() if strength != 0]
+        return [self.term(name, strength=strength) for name, strength in strengths.items() if strength != 0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLayer:
         """Behind ``.to``, ``.half``, ``.cuda``: the base layer takes any dtype, the adapters' tensors only move."""

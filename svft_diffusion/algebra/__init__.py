@@ -1,0 +1,1 @@
+"""Arithmetic on adapters that are loaded in one pipeline: blending, comparing, shrinking."""
