@@ -9,12 +9,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.adapters.names import usable_adapter_name
+from svft_diffusion.adapters.weights import AdapterWeight
 from svft_diffusion.errors import UserError
-from svft_diffusion.files import AdapterHeader, check_base, fingerprint_of_folder, layer_names, read_adapter
+from svft_diffusion.files import AdapterHeader, Matches, check_base, layer_names, matches_of_folder, read_adapter
+from svft_diffusion.files.carrier import file_of_adapter
+from svft_diffusion.files.names import COMPONENTS
+from svft_diffusion.files.training_folder import ADAPTER_FILE, adapter_file
 from svft_diffusion.models.loading import base_display_name, resolve_base
 
-ADAPTER_FILE = "adapter.safetensors"  # the name that the trainer gives to every adapter
+COMPONENT_LABELS = {
+    "unet": "unet",
+    "transformer": "transformer",
+    "te": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}
+"""How the command line calls the components of a pipeline; their own names are understood too."""
 
 
 @dataclass(frozen=True)
@@ -36,70 +48,92 @@ class CheckedAdapter:
     header: AdapterHeader
 
 
+@dataclass(frozen=True)
+class WeightedFile:
+    """A file and the weight asked for it, of the whole adapter or of each component."""
+
+    file: Path
+    weight: AdapterWeight = 1.0
+
+
 def parse_adapter_choice(text: str) -> AdapterChoice:
     """``FILE[:weight]``; a folder stands for the ``adapter.safetensors`` in it, no weight means 1.
 
     Raises:
         UserError: a weight that is no finite number, or two weights.
     """
-    path, weight = text, 1.0
-    head, _, tail = text.rpartition(":")
-    # A colon may belong to the file's name, and after a Windows drive it always does.
-    if head and not Path(text).exists() and not re.fullmatch(r"[A-Za-z]", head):
-        number = _number(tail)
-        if number is not None:
-            path, weight = head, number
-        elif _ends_like_a_file(head):
-            raise UserError(f"--adapter {text}: the weight {tail!r} is not a number; write FILE:0.8")
-    if _number(path.rpartition(":")[2]) is not None and _ends_like_a_file(path.rpartition(":")[0]):
+    path, weight = _split_weight(text)
+    of_components = _weights_of_components(text, weight)
+    if of_components is not None or _has_second_number(path, weight):
         raise UserError(
             f"--adapter {text}: one weight for each adapter; tools disagree on which of two is the text encoder's"
         )
-    if not math.isfinite(weight):
-        raise UserError(f"--adapter {text}: the weight must be a finite number")
-    file = Path(path).expanduser()
-    return AdapterChoice(file / ADAPTER_FILE if file.is_dir() else file, weight)
+    return AdapterChoice(_file_at(path), _number_of(f"--adapter {text}", weight, "FILE:0.8"))
 
 
-def check_adapters(choices: Sequence[AdapterChoice], base: str, *, variant: str | None = None) -> list[CheckedAdapter]:
+def parse_weighted_file(text: str) -> WeightedFile:
+    """``FILE[:weight]`` as `parse_adapter_choice`, where a weight may be ``unet=0.5,te=0.2`` too.
+
+    `COMPONENT_LABELS` are the names; components that are not named are off.
+
+    Raises:
+        UserError: a weight that is no finite number, an unknown component, or two weights without names.
+    """
+    path, weight = _split_weight(text)
+    if _has_second_number(path, weight):
+        raise UserError(
+            f"{text}: one weight for each adapter; tools disagree on which of two is the text encoder's, "
+            "so write FILE:unet=0.5,te=0.2"
+        )
+    of_components = _weights_of_components(text, weight)
+    example = "FILE:0.8 or FILE:unet=0.5,te=0.2"
+    return WeightedFile(_file_at(path), of_components or _number_of(text, weight, example))
+
+
+def check_adapters(
+    choices: Sequence[AdapterChoice], base: str, *, variant: str | None = None, on_mismatch: OnMismatch = "error"
+) -> list[CheckedAdapter]:
     """Read every file and compare it with the base model ``base``, whose own weights are not loaded for that.
 
-    A base on the Hub is compared when it is loaded, not here.
+    A base on the Hub is compared when it is loaded, not here; and so is every base unless ``on_mismatch`` is ``error``.
 
     Raises:
         UserError: a file that is missing, damaged or no adapter, or was trained on another base.
     """
     names = unique_names(adapter_label(choice.file) for choice in choices)
     return [
-        check_adapter(choice.file, base, name=name, weight=choice.weight, variant=variant)
+        check_adapter(choice.file, base, name=name, weight=choice.weight, variant=variant, on_mismatch=on_mismatch)
         for choice, name in zip(choices, names, strict=True)
     ]
 
 
 def check_adapter(
-    file: Path, base: str, *, name: str, weight: float = 1.0, variant: str | None = None
+    file: Path,
+    base: str,
+    *,
+    name: str,
+    weight: float = 1.0,
+    variant: str | None = None,
+    on_mismatch: OnMismatch = "error",
 ) -> CheckedAdapter:
     """One adapter of `check_adapters`, under the name ``name``."""
     header, tensors = read_adapter(file)
     folder = Path(resolve_base(base))
-    if folder.is_dir():
-        fingerprint = fingerprint_of_folder(folder, layer_names(tensors), variant)
-        # No fingerprint: the folder lacks layers that the adapter changes, so it is another model.
-        check_base(header, fingerprint or "", base_display_name(base), adapter=file.name)
+    if on_mismatch == "error" and folder.is_dir():
+        names = layer_names(tensors)
+        matches = matches_of_folder(folder, names, header.base.digests, variant)
+        # None: the folder lacks a component that the adapter changes, so it is another model.
+        check_base(header, matches or Matches(0, 0, len(names)), base_display_name(base), adapter=file.name)
     return CheckedAdapter(name, file, weight, sha256_of(file), header)
 
 
 def sha256_of(file: Path) -> str:
-    """Digest of a file's content.
+    """Digest of an adapter's file; of a picture that carries one, that of the adapter, wherever it is carried.
 
     Raises:
         UserError: it can't be read any more.
     """
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as problem:
-        raise UserError(f"can't read {file}: {problem.strerror or problem}") from problem
+    return hashlib.sha256(file_of_adapter(file)).hexdigest()
 
 
 def adapter_label(file: Path) -> str:
@@ -119,6 +153,54 @@ def unique_names(labels: Iterable[str]) -> list[str]:
     return names
 
 
+def _split_weight(text: str) -> tuple[str, str]:
+    """What stands before and after the last colon that belongs to no file name or Windows drive; "" for no weight."""
+    head, _, tail = text.rpartition(":")
+    if not head or Path(text).exists() or re.fullmatch(r"[A-Za-z]", head):
+        return text, ""
+    is_weight = _number(tail) is not None or "=" in tail or _ends_like_a_file(head)
+    return (head, tail) if is_weight else (text, "")
+
+
+def _has_second_number(path: str, weight: str) -> bool:
+    """Whether two numbers were given, as ``FILE:0.5:0.2`` or ``FILE:0.5,0.2``."""
+    head, _, tail = path.rpartition(":")
+    numbers = weight.split(",")
+    return (_number(tail) is not None and _ends_like_a_file(head)) or (
+        len(numbers) > 1 and all(_number(number) is not None for number in numbers)
+    )
+
+
+def _weights_of_components(text: str, weight: str) -> dict[str, float] | None:
+    """``unet=0.5,te=0.2`` as component -> weight; None for what has no names in it."""
+    if "=" not in weight:
+        return None
+    weights: dict[str, float] = {}
+    for part in weight.split(","):
+        label, _, number = part.partition("=")
+        component = COMPONENT_LABELS.get(label.strip(), label.strip())
+        if component not in COMPONENTS:
+            raise UserError(f"{text}: no component {label.strip()!r}; choose from {', '.join(COMPONENT_LABELS)}")
+        if component in weights:
+            raise UserError(f"{text}: {label.strip()} has two weights")
+        weights[component] = _number_of(text, number, "FILE:unet=0.5,te=0.2")
+    return weights
+
+
+def _number_of(argument: str, weight: str, example: str) -> float:
+    """A weight as a number; 1 for none."""
+    number = 1.0 if not weight else _number(weight)
+    if number is None:
+        raise UserError(f"{argument}: the weight {weight!r} is not a number; write {example}")
+    if not math.isfinite(number):
+        raise UserError(f"{argument}: the weight must be a finite number")
+    return number
+
+
+def _file_at(path: str) -> Path:
+    return adapter_file(Path(path).expanduser())
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -127,4 +209,4 @@ def _number(text: str) -> float | None:
 
 
 def _ends_like_a_file(text: str) -> bool:
-    return text.lower().endswith(".safetensors") or (bool(text) and Path(text).exists())
+    return text.lower().endswith((".safetensors", ".png")) or (bool(text) and Path(text).exists())

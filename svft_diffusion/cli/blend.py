@@ -1,0 +1,224 @@
+"""``svft-diffusion blend``: one adapter of several, and a report on how they interfere."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svft_diffusion.cli.arguments import Parser
+from svft_diffusion.errors import UserError
+from svft_diffusion.terminal import json_text, printable
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from svft_diffusion.adapters.weights import AdapterWeight
+    from svft_diffusion.algebra.blend_metadata import BlendSource
+    from svft_diffusion.algebra.interference import Interference
+    from svft_diffusion.sampling.adapter_choice import CheckedAdapter, WeightedFile
+
+_DESCRIPTION = """\
+Make one adapter file that does what several do together at their weights, exactly.
+
+A weight follows the last colon: a number, or one for each component, unet=0.5,te=0.2 (te is the text encoder; te2, te3
+and transformer are the others; what is not named is off). Without one it is 1; a negative one takes away.
+"""
+_EPILOG = """examples:
+  svft-diffusion blend dog.safetensors:0.7 style.safetensors:0.3 -o both.safetensors
+  svft-diffusion blend dog.safetensors:unet=0.8,te=0.4 style.safetensors --balance -o both.safetensors
+  svft-diffusion blend dog.safetensors painting.safetensors --style_mix -o painted-dog.safetensors
+  svft-diffusion blend dog.safetensors style.safetensors --report --plot interference.png
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command with its arguments.
+
+    Raises:
+        UserError: the files, their weights, the base model or an output don't fit; nothing is written then.
+    """
+    options = _parser().parse_args(argv)
+
+    # Heavy imports come after the arguments, so that --help and typing errors answer at once.
+    from svft_diffusion.adapters import save_adapter
+    from svft_diffusion.algebra.blend_metadata import BlendSource, blend_metadata, shared_triggers
+    from svft_diffusion.algebra.interference import interference
+    from svft_diffusion.algebra.interference_plot import check_plot, write_plot
+    from svft_diffusion.algebra.interference_report import report_json
+    from svft_diffusion.files.whole_files import check_output_file
+    from svft_diffusion.sampling.adapter_choice import parse_weighted_file, unique_names
+
+    files = [parse_weighted_file(text) for text in options.adapters]
+    _check_files(options.adapters, files)
+    weights = _weights(files, options)
+    if options.output is not None:
+        check_output_file(options.output, overwrite=options.overwrite, inputs=[file.file for file in files])
+    if options.plot is not None:
+        check_plot(options.plot, overwrite=options.overwrite)
+    pipe, base_name, loaded = _loaded(files, options)
+    by_name = {adapter.name: weight for adapter, weight in zip(loaded, weights, strict=True)}
+    found = interference(pipe, {name: weight for name, weight in by_name.items() if weight != 0})
+    if options.balance:
+        by_name |= found.balancing
+    sources = [BlendSource(_file_name(item.file), item.sha256, item.header, by_name[item.name]) for item in loaded]
+    result: dict[str, Any] = {"interference": report_json(found), "weights": by_name}
+    if options.output is not None:
+        name = unique_names([*by_name, "blend"])[-1]
+        details = _combine(pipe, by_name, name, options)
+        operation = "style mix" if options.style_mix else "sum"
+        metadata = blend_metadata(sources, operation, base_name=base_name, value_dtype=options.value_dtype, **details)
+        save_adapter(pipe, name, options.output, metadata=metadata)
+        result |= {"output": str(options.output), "bytes": options.output.stat().st_size, **details}
+    if options.plot is not None:
+        write_plot(found, options.plot, overwrite=options.overwrite)
+    for trigger, named in shared_triggers(sources).items():
+        warning = f"{' and '.join(named)} have the same trigger {trigger!r}: a prompt can't tell them apart"
+        print(f"warning: {printable(warning)}", file=sys.stderr)
+    _show(result, found, sources, options)
+
+
+def _check_files(texts: Sequence[str], files: Sequence[WeightedFile]) -> None:
+    """Refuse a weight that stands alone."""
+    for text, file in zip(texts, files, strict=True):
+        if re.fullmatch(r"[-+]?[\d.]+", text) and not file.file.exists():
+            raise UserError(f"{text} is no adapter file; a weight follows a colon, as in FILE:{text}")
+
+
+def _loaded(
+    files: Sequence[WeightedFile], options: argparse.Namespace
+) -> tuple[DiffusionPipeline, str, list[CheckedAdapter]]:
+    """The base model with all adapters in it, its name, and the adapters; all is checked before it is loaded."""
+    from svft_diffusion.adapters import load_adapter
+    from svft_diffusion.algebra.layout import check_methods
+    from svft_diffusion.files import read_header
+    from svft_diffusion.models import base_display_name, load_pipeline
+    from svft_diffusion.sampling.adapter_choice import AdapterChoice, check_adapters
+
+    headers = {str(file.file): read_header(file.file) for file in files}
+    if options.output is not None:
+        check_methods({file: header.method for file, header in headers.items() if header.train_values})
+    base = options.base or _common_base({file: header.base.name for file, header in headers.items()}, options)
+    checked = check_adapters([AdapterChoice(file.file) for file in files], base, on_mismatch=options.on_mismatch)
+    pipe = load_pipeline(base)
+    for adapter in checked:
+        load_adapter(pipe, adapter.file, adapter.name, on_mismatch=options.on_mismatch)
+    return pipe, base_display_name(base), checked
+
+
+def _weights(files: Sequence[WeightedFile], options: argparse.Namespace) -> list[AdapterWeight]:
+    """The weight of each file, by the flags or as given."""
+    modes = {
+        "--average": options.average,
+        "--interpolate": options.interpolate is not None,
+        "--style_mix": options.style_mix,
+    }
+    chosen = [flag for flag, is_on in modes.items() if is_on]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} exclude each other")
+    if chosen and any(file.weight != 1.0 for file in files):
+        raise UserError(f"{chosen[0]} sets the weights itself; give the files without weights")
+    if (options.interpolate is not None or options.style_mix) and len(files) != 2:
+        raise UserError(f"{chosen[0]} takes two adapters, got {len(files)}")
+    if options.balance and (options.style_mix or options.interpolate is not None):
+        raise UserError(f"--balance goes with weights or --average, not with {chosen[0]}")
+    if options.geometry_blocks is not None and not options.style_mix:
+        raise UserError("--geometry_blocks belongs to --style_mix")
+    if (options.output is None) != options.report:
+        raise UserError("say where to write with -o OUT.safetensors, or ask for the --report alone")
+    if options.interpolate is not None and not math.isfinite(options.interpolate):
+        raise UserError(f"--interpolate must be a finite number, got {options.interpolate}")
+    if options.average:
+        return [1 / len(files)] * len(files)
+    if options.interpolate is not None:
+        return [1 - options.interpolate, options.interpolate]
+    return [file.weight for file in files]
+
+
+def _file_name(file: Path) -> str:
+    """A name that tells the file from others; the trainer gives all of its files one name."""
+    from svft_diffusion.files.training_folder import ADAPTER_FILE
+    from svft_diffusion.sampling.adapter_choice import adapter_label
+
+    return adapter_label(file) if file.name == ADAPTER_FILE else file.name
+
+
+def _common_base(names: Mapping[str, str], options: argparse.Namespace) -> str:
+    """The base that the files name; with ``--on_mismatch align`` or ``force`` that of the first."""
+    file, base = next(iter(names.items()))
+    for other, name in names.items():
+        if name != base and options.on_mismatch == "error":
+            raise UserError(
+                f"{file} was trained on {base}, {other} on {name}: name the base for both with --base, "
+                "and with --on_mismatch align adapters of a similar one are fitted to it"
+            )
+    return base
+
+
+def _combine(
+    pipe: object, weights: Mapping[str, AdapterWeight], name: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Make adapter ``name`` in the place of its sources; what there is to say of it beside the weights."""
+    from svft_diffusion.algebra.combine import combine, replace_sources
+    from svft_diffusion.algebra.style import style_mix
+
+    details: dict[str, Any] = {}
+    if options.style_mix:
+        geometry, appearance = weights
+        details["geometry_blocks"] = style_mix(pipe, geometry, appearance, name, options.geometry_blocks)
+    else:
+        combine(pipe, weights, name)
+    replace_sources(pipe, list(weights), name)
+    return details
+
+
+def _show(
+    result: Mapping[str, Any], found: Interference, sources: Sequence[BlendSource], options: argparse.Namespace
+) -> None:
+    from svft_diffusion.algebra.interference_report import report_lines, summary_lines, weight_text
+
+    if options.json:
+        print(json_text(result))
+        return
+    print("\n".join(report_lines(found) if options.report else summary_lines(found)))
+    if options.plot is not None:
+        print(f"wrote {options.plot}")
+    if options.output is not None:
+        blended = ", ".join(f"{printable(source.file)} {weight_text(source.weight)}" for source in sources)
+        print(f"wrote {options.output} ({result['bytes'] / 1000:.1f} kB): {blended}")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="svft-diffusion blend", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("adapters", nargs="+", metavar="FILE[:WEIGHT]", help="an adapter file, or its training folder")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.safetensors", help="the adapter file to write")
+    parser.add_argument("--average", action="store_true", help="the mean of all")
+    parser.add_argument("--interpolate", type=float, metavar="T", help="(1 - T) of the first and T of the second")
+    parser.add_argument(
+        "--style_mix", action="store_true", help="geometry layers of the first, all other layers of the second"
+    )
+    parser.add_argument(
+        "--geometry_blocks", nargs="+", metavar="PATH",
+        help="with --style_mix, modules of the denoiser (default: from the last attention on the way down of a UNet "
+        "through its mid block)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--balance", action="store_true", help="scale the weights so that equal ones mean updates of equal size"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the files name)")
+    parser.add_argument(
+        "--on_mismatch", choices=("error", "align", "force"), default="error",
+        help="what to do with another base than an adapter was trained on (default: error)",
+    )  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="show how the adapters interfere, write no adapter")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write that report as a picture")
+    parser.add_argument(
+        "--value_dtype", choices=("float32", "float16"), help="of the numbers in the file (default: as in the sources)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there to write")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
