@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.sampling.config import DTYPES
+from svft_diffusion.sampling.config import DTYPES, ON_MISMATCH
 from svft_diffusion.settings import setting
 
 
@@ -31,9 +31,21 @@ class AppConfig:
     adapter: list[str] = setting(
         [], "FILE[:weight], repeatable; there from the start, weight -1 to 2", group="adapters"
     )
+    on_mismatch: str = setting(
+        "error",
+        "an adapter of another base: error refuses it, align fits it to this base as far as it goes, "
+        "force loads whatever fits in shape",
+        group="adapters",
+        choices=ON_MISMATCH,
+    )
     adapters_dir: Path = setting(Path("outputs"), "folder whose adapters the page offers", group="adapters")
 
     output_dir: Path = setting(Path("outputs/app"), "where pictures are kept", group="output")
+    embed_adapter: bool = setting(
+        False,
+        "put the adapters that made a picture into it: whoever gets the picture has them too",
+        group="output",
+    )
 
     server_name: str = setting(
         "127.0.0.1", "address to listen on; any other than this machine's own needs --allow_public", group="server"

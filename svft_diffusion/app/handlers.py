@@ -64,7 +64,7 @@ class Handlers:
         base = name.strip()
         progress(0, desc=f"loading {base_display_name(base)}")
         status = self.base_status(base)
-        kept = tuple(adapter if adapter is not None and _fits(adapter, base) else None for adapter in slots)
+        kept = tuple(adapter if adapter is not None and self._fits(adapter, base) else None for adapter in slots)
         removed = [old.name for old, new in zip(slots, kept, strict=True) if old is not None and new is None]
         if removed:
             names = html.escape(", ".join(removed), quote=False)
@@ -102,7 +102,7 @@ class Handlers:
             UserError: the file is no adapter, belongs to another base, or there is no place for it.
         """
         name = unique_names([*(adapter.name for adapter in slots if adapter is not None), label])[-1]
-        adapter = check_adapter(file, base, name=name)
+        adapter = check_adapter(file, base, name=name, on_mismatch=self._studio.on_mismatch)
         if weight is None:
             weight = min(max(adapter.header.suggested_strength, LOWEST_WEIGHT), HIGHEST_WEIGHT)
         return with_adapter(slots, dataclasses.replace(adapter, weight=weight))
@@ -111,6 +111,13 @@ class Handlers:
         """Empty one slot."""
         after = replaced(slots, number, None)
         return [after, *card_updates(slots, after)]
+
+    def _fits(self, adapter: CheckedAdapter, base: str) -> bool:
+        try:
+            check_adapter(adapter.file, base, name=adapter.name, on_mismatch=self._studio.on_mismatch)
+        except UserError:
+            return False
+        return True
 
     @shows_user_errors
     def generate(
@@ -152,11 +159,3 @@ class Handlers:
         folder = self._studio.output_dir.as_posix()
         status = f"Saved in {folder}: {len(saved)} picture{'s' if len(saved) > 1 else ''}, settings inside"
         return [(str(picture.path), f"seed {picture.seed}") for picture in saved], status
-
-
-def _fits(adapter: CheckedAdapter, base: str) -> bool:
-    try:
-        check_adapter(adapter.file, base, name=adapter.name)
-    except UserError:
-        return False
-    return True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import gradio as gr
 
+from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.app.cards import EMPTY_SLOTS
 from svft_diffusion.app.config import AppConfig
 from svft_diffusion.app.handlers import Handlers
@@ -32,6 +34,8 @@ def build_app(config: AppConfig) -> gr.Blocks:
         device=resolve_device(config.device),
         dtype=config.dtype,
         disable_safety_checker=config.disable_safety_checker,
+        on_mismatch=cast(OnMismatch, config.on_mismatch),
+        embed_adapter=config.embed_adapter,
     )
     handlers = Handlers(studio, config.adapters_dir)
     slots = EMPTY_SLOTS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import read_header
-from svft_diffusion.sampling.adapter_choice import ADAPTER_FILE
+from svft_diffusion.files.training_folder import ADAPTER_FILE
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:

@@ -122,7 +122,7 @@ def _adapter_controls(handlers: Handlers, slots: Slots) -> _AdapterControls:
             add = gr.Button("Add", size="sm", min_width=80)
             refresh = gr.Button("Refresh list", size="sm", min_width=80)
             upload = gr.UploadButton(
-                "Upload files", size="sm", min_width=80, file_types=[".safetensors"], file_count="multiple"
+                "Upload files", size="sm", min_width=80, file_types=[".safetensors", ".png"], file_count="multiple"
             )
     return _AdapterControls(library, add, refresh, upload, cards)
 

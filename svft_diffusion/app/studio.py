@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from svft_diffusion.adapters import load_adapter, set_adapters, unload_adapter
+from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import default_resolution, resolve_base
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, sha256_of
+from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.plan import check_picture_settings, picture_settings, slug
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.sample import facts_of, generate, open_pipeline
@@ -55,8 +57,12 @@ class Studio:
         device: torch.device,
         dtype: str = "float32",
         disable_safety_checker: bool = False,
+        on_mismatch: OnMismatch = "error",
+        embed_adapter: bool = False,
     ) -> None:
         self.output_dir = output_dir
+        self.on_mismatch: OnMismatch = on_mismatch
+        self._embed_adapter = embed_adapter
         self._device = device
         self._dtype = dtype
         self._disable_safety_checker = disable_safety_checker
@@ -124,7 +130,9 @@ class Studio:
                 if sha256_of(adapter.file) != adapter.sha256:
                     raise UserError(f"the file of {adapter.name} has changed; remove the adapter and add it again")
                 # Named by content: two visitors may call different files by the same name.
-                self._loaded[adapter.sha256] = load_adapter(pipeline, adapter.file, f"sha256-{adapter.sha256}")
+                name = f"sha256-{adapter.sha256}"
+                load_adapter(pipeline, adapter.file, name, on_mismatch=self.on_mismatch)
+                self._loaded[adapter.sha256] = name
         set_adapters(pipeline, {self._loaded[adapter.sha256]: weight for adapter, weight in adapters})
 
     def _save(
@@ -144,7 +152,10 @@ class Studio:
             int(number) for file in self.output_dir.glob("*_*.png") if (number := file.name.split("_")[0]).isdecimal()
         ]
         file_name = f"{max(taken, default=0) + 1:05d}_{slug(request.prompt)}_seed{seed}.png"
-        return SavedPicture(save_png(image, self.output_dir / file_name, settings | facts_of(pipeline, image)), seed)
+        contents = adapters_to_embed([adapter for adapter, _ in request.adapters], self._embed_adapter)
+        carried = embedded_in_picture(contents, {adapter.name: weight for adapter, weight in request.adapters})
+        file = save_png(image, self.output_dir / file_name, settings | facts_of(pipeline, image), carried)
+        return SavedPicture(file, seed)
 
 
 def _check_request(request: PictureRequest) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from svft_diffusion.errors import UserError
@@ -13,7 +14,11 @@ Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that accepts no abbreviations and names the nearest flag when one is unknown."""
+    """An argument parser that accepts no abbreviations and names the nearest flag when one is unknown.
+
+    Flags are declared and shown with underscores, and may be typed with hyphens: ``--num_images`` or ``--num-images``,
+    ``--no-train_bias`` or ``--no-train-bias``.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -22,15 +27,36 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         """Parse all arguments; an unknown one ends the program with code 2 and the nearest known flag."""
-        options, unknown = self.parse_known_args(args, namespace)
+        flags = {_spelling(flag): flag for action in self._actions for flag in action.option_strings}
+        given = list(sys.argv[1:] if args is None else args)
+        options, unknown = self.parse_known_args(_as_declared(given, flags), namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"unknown argument {unknown[0]}{nearest_hint(unknown[0], flags)}")
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unknown argument {unknown[0]}{nearest_hint(_spelling(flag), flags.values())}")
         return options
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2; the full usage is what ``--help`` is for."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _as_declared(arguments: Sequence[str], flags: Mapping[str, str]) -> list[str]:
+    """The arguments with every flag spelled as it was declared; what follows ``--`` is no flag.
+
+    Args:
+        flags: declared flags by their spelling in underscores.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    declared = []
+    for argument in arguments[:end]:
+        flag, equals, value = argument.partition("=")
+        declared.append(f"{flags.get(_spelling(flag), flag)}{equals}{value}")
+    return [*declared, *arguments[end:]]
+
+
+def _spelling(flag: str) -> str:
+    """``--no-train-bias`` -> ``--no_train_bias``; what is no long flag stays as it is."""
+    return f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag
 
 
 def add_settings(parser: argparse.ArgumentParser, config_class: type) -> None:

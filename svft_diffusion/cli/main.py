@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import nearest_hint
+from svft_diffusion.terminal import printable
 
 # Command -> (module with ``run(argv)``, what it does). Modules are imported only when their command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("svft_diffusion.cli.train", "train an adapter on a few photos of a subject (DreamBooth)"),
     "sample": ("svft_diffusion.cli.sample", "generate pictures with any number of adapters"),
+    "inspect": ("svft_diffusion.cli.inspect", "show what an adapter, or a picture that carries one, is"),
+    "verify": ("svft_diffusion.cli.verify", "check that adapters are sound, and that they fit a base model"),
     "export": ("svft_diffusion.cli.export", "write an adapter as a LoRA file that other tools read"),
     "import": ("svft_diffusion.cli.import_adapter", "turn an adapter of another tool into one of ours"),
+    "merge": ("svft_diffusion.cli.merge", "bake adapters into a complete model"),
+    "shrink": ("svft_diffusion.cli.shrink", "keep the part of an adapter that matters most, in a smaller file"),
+    "blend": ("svft_diffusion.cli.blend", "make one adapter of several, and show how they interfere"),
     "app": ("svft_diffusion.cli.app", "open the web app"),
     "demo": ("svft_diffusion.cli.demo", "train and sample on the embedded model, and show the result"),
 }
+
+_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,14 +53,20 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     # Their notices on optional packages would bury ours; who wants them sets the variables.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a redirected one on Windows holds few letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         importlib.import_module(COMMANDS[command][0]).run(arguments)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # messages quote names from files of others
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return _BROKEN_PIPE
     return 0
 
 

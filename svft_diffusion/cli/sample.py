@@ -30,3 +30,6 @@ def run(argv: Sequence[str]) -> None:
     result = sample(config)
     print(f"{len(result.pictures)} pictures in {result.output_dir}")
     print(f"all of them at a glance: {result.grid}")
+    if result.embedded:
+        sizes = ", ".join(f"{name} ({size / 1000:.0f} kB)" for name, size in result.embedded.items())
+        print(f"the pictures carry the adapters that made them: {sizes}; --no-embed_adapter leaves them out")

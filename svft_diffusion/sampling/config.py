@@ -7,6 +7,7 @@ from pathlib import Path
 
 from svft_diffusion.settings import setting
 
+ON_MISMATCH = ("error", "align", "force")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -35,6 +36,13 @@ class SamplingConfig:
         "(0 0.5 1 shows the base model, half and full strength)",
         group="adapters",
     )
+    on_mismatch: str = setting(
+        "error",
+        "an adapter of another base: error refuses it, align fits it to this base as far as it goes and says how far, "
+        "force loads whatever fits in shape",
+        group="adapters",
+        choices=ON_MISMATCH,
+    )
 
     prompt: list[str] = setting([], "what to draw, repeatable", group="pictures")
     negative_prompt: str = setting("", "what to avoid", group="pictures")
@@ -51,6 +59,12 @@ class SamplingConfig:
         None, "where to write, default: a new numbered folder in outputs/samples", group="output"
     )
     overwrite: bool = setting(False, "replace other pictures of the same names", group="output")
+    embed_adapter: bool | None = setting(
+        None,
+        "put the adapters that made a picture into it, so that the picture can be loaded like an adapter "
+        "(default: those of up to 1 MB)",
+        group="output",
+    )
 
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu", group="computing")
     dtype: str = setting("float32", "precision of the base model", group="computing", choices=DTYPES)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svft_diffusion.adapters.fitting import check_choice
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import base_display_name
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
@@ -53,6 +54,7 @@ def check_config(config: SamplingConfig) -> None:
         raise UserError("--weights scales adapters, but there is no --adapter")
     if any(not -1e4 < weight < 1e4 for weight in config.weights):
         raise UserError("--weights must be finite numbers of a sensible size")
+    check_choice(config.on_mismatch)
     if config.num_images < 1:
         raise UserError(f"--num_images must be at least 1, got {config.num_images}")
     check_picture_settings(config.seed + config.num_images - 1, config.num_inference_steps, config.guidance_scale)

@@ -1,13 +1,14 @@
 """PNG files that know how they were made.
 
 Two text chunks: ``parameters``, the lines that web interfaces for Stable Diffusion write and read, and
-``svft_diffusion``, the same settings as JSON, from which nothing is lost.
+``svft_diffusion``, the same settings as JSON, from which nothing is lost. After the pixels, where they delay no viewer,
+come the adapters that the picture carries, see `svft_diffusion.files.carrier`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.files.carrier import ADAPTER_CHUNK, SETTINGS_KEYWORD
 from svft_diffusion.files.whole_files import replace_when_whole
 
-JSON_CHUNK = "svft_diffusion"
 PARAMETERS_CHUNK = "parameters"
 
 
-def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
+def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any], adapters: Sequence[bytes] = ()) -> Path:
     """Write ``image`` with its ``settings`` inside, whole or not at all; equal input gives equal bytes.
 
-    ``settings`` holds what JSON can hold. Those with a ``prompt`` get the ``parameters`` chunk too.
+    ``settings`` holds what JSON can hold. Those with a ``prompt`` get the ``parameters`` chunk too. ``adapters`` are
+    files of adapters that the picture shall carry.
 
     Raises:
         UserError: the file can't be written.
@@ -34,7 +36,9 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) 
     if "prompt" in settings:
         # A lone surrogate, which no text chunk can hold, becomes a question mark here and survives in the JSON.
         chunks.add_text(PARAMETERS_CHUNK, parameters_text(settings).encode("utf-8", "replace").decode("utf-8"))
-    chunks.add_text(JSON_CHUNK, json.dumps(dict(settings), sort_keys=True, ensure_ascii=True, allow_nan=False))
+    chunks.add_text(SETTINGS_KEYWORD, json.dumps(dict(settings), sort_keys=True, ensure_ascii=True, allow_nan=False))
+    for adapter in adapters:
+        chunks.add(ADAPTER_CHUNK, adapter, after_idat=True)
     with replace_when_whole(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=chunks)
     return path
@@ -51,7 +55,7 @@ def read_png_settings(path: str | Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             assert isinstance(image, PngImageFile)
             image.load()
-            text = image.text.get(JSON_CHUNK)
+            text = image.text.get(SETTINGS_KEYWORD)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise UserError(f"{path} can't be read as a PNG picture: {problem}") from problem
     if text is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,12 +13,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from svft_diffusion.adapters import load_adapter, set_adapters
+from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models.loading import default_resolution, load_pipeline, truncated_text
 from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.devices import resolve_device
+from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.grid import labelled_grid
 from svft_diffusion.sampling.plan import (
     GRID_FILE,
@@ -42,6 +44,7 @@ class SamplingResult:
     output_dir: Path
     pictures: list[Path]
     grid: Path
+    embedded: dict[str, int]  # adapters that the pictures carry where they act, with their sizes in bytes
 
 
 def sample(config: SamplingConfig) -> SamplingResult:
@@ -57,7 +60,9 @@ def sample(config: SamplingConfig) -> SamplingResult:
         [parse_adapter_choice(text) for text in config.adapter],
         config.pretrained_model_name_or_path,
         variant=config.variant,
+        on_mismatch=cast(OnMismatch, config.on_mismatch),
     )
+    embedded = adapters_to_embed(adapters, config.embed_adapter)
     output_dir = config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
     rows = plan_rows(config, adapters)
     if not config.overwrite:
@@ -80,10 +85,13 @@ def sample(config: SamplingConfig) -> SamplingResult:
         if lost := truncated_text(pipeline, prompt):
             tqdm.write(f"the text encoder does not read the end of a prompt: {lost!r}")
     for adapter in adapters:
-        load_adapter(pipeline, adapter.file, adapter.name)
-    pictures = _generate_rows(pipeline, rows, config, output_dir)
+        load_adapter(pipeline, adapter.file, adapter.name, on_mismatch=cast(OnMismatch, config.on_mismatch))
+    pictures = _generate_rows(pipeline, rows, config, output_dir, embedded)
     return SamplingResult(
-        output_dir, [path for row in pictures for path in row], _save_grid(output_dir, rows, pictures)
+        output_dir,
+        [path for row in pictures for path in row],
+        _save_grid(output_dir, rows, pictures),
+        embedded={name: len(content) for name, content in embedded.items()},
     )
 
 
@@ -155,7 +163,11 @@ def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:
 
 
 def _generate_rows(
-    pipeline: DiffusionPipeline, rows: list[PlannedRow], config: SamplingConfig, output_dir: Path
+    pipeline: DiffusionPipeline,
+    rows: list[PlannedRow],
+    config: SamplingConfig,
+    output_dir: Path,
+    embedded: Mapping[str, bytes],
 ) -> list[list[Path]]:
     paths: list[list[Path]] = []
     with tqdm(total=sum(len(row.pictures) for row in rows), unit="picture") as progress:
@@ -174,7 +186,8 @@ def _generate_rows(
                     width=config.width,
                 )
                 settings = picture.settings | facts_of(pipeline, image)
-                paths[-1].append(save_png(image, output_dir / picture.file_name, settings))
+                carried = embedded_in_picture(embedded, row.weights)
+                paths[-1].append(save_png(image, output_dir / picture.file_name, settings, carried))
                 progress.update()
     return paths
 
