@@ -76,7 +76,7 @@ def load_pipeline(
     """
     source = resolve_base(name)
     try:
-        with _without_loading_bars():
+        with without_loading_bars():
             return DiffusionPipeline.from_pretrained(
                 source,
                 # Named for every component: transformers would otherwise keep the precision of the files.
@@ -104,9 +104,14 @@ def base_display_name(name: str) -> str:
     return Path(os.path.abspath(path)).name
 
 
+def hub_name(name: str) -> str | None:
+    """The base model's name on the Hub; None for one that is not there: the embedded one, or a local folder."""
+    return None if name == EMBEDDED_MODEL or Path(name).expanduser().is_dir() else name
+
+
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """No bar for each component read from disk (downloads keep theirs)."""
+def without_loading_bars() -> Iterator[None]:
+    """No bar for each component that is read from disk or written to it (downloads keep theirs)."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     shown = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in shown:
