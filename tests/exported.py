@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 from adapted_models import randomize
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from svft_diffusion import SiVAConfig, SVDiffConfig, SVFTConfig
 from svft_diffusion.adapters import SpectralConfig, add_training_adapter
+from svft_diffusion.adapters.methods import combined_core
 from svft_diffusion.adapters.training import adapted_layers
 from svft_diffusion.exchange.export import ExportedLora
+from svft_diffusion.spectral import core_matrix
 
 CONFIGS: dict[str, Callable[..., SpectralConfig]] = {
     "svft plain": SVFTConfig,
@@ -40,11 +42,19 @@ def adapted_pipeline(config: str | Callable[..., SpectralConfig], scale: float =
     return pipe
 
 
+@cache
+def shared_pipeline(config: str) -> DiffusionPipeline:
+    """`adapted_pipeline`, the same one for all tests that leave it as it is."""
+    return adapted_pipeline(config)
+
+
 def product(exported: ExportedLora, key: str) -> Tensor:
-    """``B A`` of a layer as a matrix."""
+    """``alpha / r B A`` of a layer as a matrix, as readers take it, in float64."""
     tensors = exported.tensors
     down, up = ("lora_A", "lora_B") if f"{key}.lora_A.weight" in tensors else ("lora_down", "lora_up")
-    return tensors[f"{key}.{up}.weight"].flatten(1) @ tensors[f"{key}.{down}.weight"].flatten(1)
+    A, B = tensors[f"{key}.{down}.weight"].double(), tensors[f"{key}.{up}.weight"].double()
+    scale = tensors.get(f"{key}.alpha", len(A)) / len(A)
+    return scale * B.flatten(1) @ A.flatten(1)
 
 
 def expected_updates(models: object, strength: float = 1.0) -> dict[str, Tensor]:
@@ -54,6 +64,15 @@ def expected_updates(models: object, strength: float = 1.0) -> dict[str, Tensor]
         updates[name] = layer.get_delta_weight("a").detach()
         layer.set_scale("a", 1.0)
     return updates
+
+
+def exact_update(models: object, name: str) -> Tensor:
+    """What an adapter changes in one layer's matrix, in float64."""
+    layer = adapted_layers(models, "a")[name]
+    U, S, Vh = layer.factors
+    core, triplets = combined_core(S, [layer.term("a", on_cpu=True)])
+    triplets = triplets.long() if isinstance(triplets, Tensor) else triplets
+    return U[:, triplets].double() @ core_matrix(core).double() @ Vh[triplets].double()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

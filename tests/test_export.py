@@ -9,7 +9,16 @@ from functools import partial
 import pytest
 import torch
 from adapted_models import randomize
-from exported import adapted_pipeline, every_config, expected_updates, key_of, product, relative
+from exported import (
+    adapted_pipeline,
+    every_config,
+    exact_update,
+    expected_updates,
+    key_of,
+    product,
+    relative,
+    shared_pipeline,
+)
 from peft import convert_to_lora
 from tiny_models import (
     tiny_pipeline,
@@ -22,8 +31,9 @@ from svft_diffusion.adapters import SpectralConfig, add_training_adapter
 from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.adapters.training import adapted_layers
 from svft_diffusion.errors import UserError
-from svft_diffusion.exchange.export import export_lora
+from svft_diffusion.exchange.export import DTYPES, Dtype, export_lora
 from svft_diffusion.exchange.lora_factors import decompose_core, lora_factors, smallest_rank
+from svft_diffusion.exchange.lora_keys import Format, layer_key
 from svft_diffusion.spectral import Core, banded_core, core_matrix, core_update, decompose, diagonal_core, sparse_core
 
 # Factors
@@ -81,7 +91,7 @@ def test_smallest_rank_counts_all_layers() -> None:
 @every_config
 @pytest.mark.parametrize(("format", "strength"), [("kohya", 1.0), ("diffusers", -0.7)])
 def test_full_rank_holds_every_layer(config: str, format: str, strength: float) -> None:
-    pipe = adapted_pipeline(config)
+    pipe = shared_pipeline(config)
     exported = export_lora(pipe, "a", format=format, rank="full", strength=strength)  # type: ignore[arg-type]
     updates = expected_updates(pipe, strength)
     assert [layer.layer for layer in exported.report.layers] == list(updates)
@@ -91,22 +101,43 @@ def test_full_rank_holds_every_layer(config: str, format: str, strength: float) 
 
 
 @every_config
-def test_the_reported_error_is_the_true_one(config: str) -> None:
-    rank = 5
-    pipe = adapted_pipeline(config)
-    exported = export_lora(pipe, "a", rank=rank)
-    updates = expected_updates(pipe)
-    dropped = []
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("rank", [5, "full"])
+def test_the_reported_error_is_that_of_the_tensors(config: str, rank: int | str, dtype: Dtype) -> None:
+    pipe = shared_pipeline(config)
+    exported = export_lora(pipe, "a", rank=rank, dtype=dtype)  # type: ignore[arg-type]
+    assert {tensor.dtype for name, tensor in exported.tensors.items() if "lora" in name[-20:]} == {DTYPES[dtype]}
+    lost = whole = lost_by_rank = 0.0
     for layer in exported.report.layers:
-        update = updates[layer.layer].flatten(1)
-        s = torch.linalg.svdvals(update.double())
-        assert layer.norm == pytest.approx(float(s.norm()), rel=1e-5)
-        assert layer.error == pytest.approx(float(s[rank:].norm() / s.norm()), abs=2e-6)
-        difference = product(exported, key_of(layer.layer, "kohya")) - update
-        assert layer.error == pytest.approx(float(difference.norm() / update.norm()), abs=2e-6)
-        dropped.append(difference.norm())
-    total = float(torch.stack(dropped).norm() / torch.stack([update.norm() for update in updates.values()]).norm())
-    assert exported.report.rank_error == exported.report.total_error == pytest.approx(total, abs=2e-6)
+        update = exact_update(pipe, layer.layer)
+        distance = float((product(exported, key_of(layer.layer, "kohya")) - update).norm())
+        assert layer.norm == pytest.approx(float(update.norm()), rel=1e-5)
+        assert layer.error == pytest.approx(distance / float(update.norm()), rel=0.1), layer.layer
+        assert 0 < layer.rounding / layer.norm < (1e-7 if dtype == "float32" else 1e-3)
+        s = torch.linalg.svdvals(update)[exported.report.rank :]
+        assert layer.dropped == pytest.approx(float(s.norm()), rel=1e-5, abs=1e-6)
+        lost, whole, lost_by_rank = lost + distance**2, whole + layer.norm**2, lost_by_rank + layer.dropped**2
+    report = exported.report
+    assert report.layer_error == report.total_error == pytest.approx((lost / whole) ** 0.5, rel=0.02)
+    assert report.rank_error == pytest.approx((lost_by_rank / whole) ** 0.5)
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfy-full"])
+def test_a_value_too_large_for_float16_is_refused(format: Format) -> None:
+    pipe = tiny_pipeline()
+    everything_adapted(pipe)
+    layers = adapted_layers(pipe, "a")
+    part = {"kohya": "values", "comfy-full": "bias"}[format]
+    layer = next(layer for name, layer in layers.items() if part in layer.trained_parts("a") and "to_out" in name)
+    layer.trained_parts("a")[part].data.fill_(1e12)
+    with pytest.raises(UserError, match=r"to_out.* has values up to .*, float16 ends at 6.55e\+04; export with"):
+        export_lora(pipe, "a", format=format, rank="full", dtype="float16")
+    export_lora(pipe, "a", format=format, rank="full")
+
+
+def test_small_updates_do_not_vanish_in_float16() -> None:
+    pipe = adapted_pipeline("svft plain", scale=1e-5)
+    assert export_lora(pipe, "a", rank="full", dtype="float16").report.total_error < 1e-3
 
 
 def test_auto_is_exact_for_few_values_and_all_layers_share_one_rank() -> None:
@@ -197,6 +228,30 @@ def test_what_is_left_out_is_said(format: str) -> None:
     assert re.search(r"left out: weight of \d+ layers \(text_encoder.text_model.embeddings.token_emb", str(report))
 
 
+def test_dense_differences_in_float16_are_reported_with_their_rounding() -> None:
+    pipe = tiny_pipeline()
+    everything_adapted(pipe, SVDiffConfig(targets="all", train_bias=True, norm_shift="vector"))
+    exact = export_lora(pipe, "a", format="comfy-full", rank="full").tensors
+    exported = export_lora(pipe, "a", format="comfy-full", rank="full", dtype="float16")
+    squares = []
+    for held in exported.report.dense:
+        kind = adapted_layers(pipe, "a")[held.layer].kind
+        ending = {"norm": {"weight": "w_norm", "bias": "b_norm"}}.get(kind, {"weight": "diff", "bias": "diff_b"})
+        key = layer_key("comfy-full", held.layer, {"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+        name = f"{key}.{ending[held.part]}"
+        distance = float((exported.tensors[name].double() - exact[name].double()).norm())
+        assert exported.tensors[name].dtype == torch.float16
+        assert held.error == pytest.approx(distance / float(exact[name].double().norm()), rel=1e-4) and distance > 0
+        squares.append(distance**2)
+    report = exported.report
+    whole = sum(held.norm**2 for held in report.dense)
+    assert report.dense_error == pytest.approx((sum(squares) / whole) ** 0.5, rel=1e-4)
+    squares += [layer.distance**2 for layer in report.layers]
+    whole += sum(layer.norm**2 for layer in report.layers)
+    assert report.total_error == pytest.approx((sum(squares) / whole) ** 0.5, rel=1e-4)
+    assert f"{len(report.dense)} dense differences in float16: relative error" in str(report)
+
+
 @pytest.mark.parametrize("norm_shift", ["vector", "scalar"])
 def test_comfy_full_holds_everything(norm_shift: str) -> None:
     pipe = tiny_pipeline()
@@ -253,6 +308,7 @@ def test_a_norm_whose_bias_alone_trains_is_read_by_comfy() -> None:
     norms = [name.removesuffix(".b_norm") for name in tensors if name.endswith(".b_norm")]
     assert norms and all(not tensors[f"{name}.w_norm"].any() for name in norms)
     assert not any(".lora_" in name for name in tensors)
+    assert "ss_network_dim" not in export_lora(pipe, "a", format="comfy-full").metadata, "no rank at all"
 
 
 def test_an_adapter_of_which_nothing_fits_is_refused() -> None:
@@ -292,6 +348,7 @@ def test_a_convolution_in_groups_is_no_lora() -> None:
         ({"rank": 2.5}, "rank must be a whole number"),
         ({"rank": True}, "rank must be a whole number"),
         ({"rank": "all"}, "rank must be a whole number"),
+        ({"dtype": "bfloat16"}, "unknown dtype 'bfloat16', did you mean 'float16'"),
         ({"strength": 0.0}, "strength must be a finite number"),
         ({"strength": float("nan")}, "strength must be a finite number"),
         ({"name": "b"}, "there is no adapter 'b'"),

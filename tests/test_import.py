@@ -35,7 +35,7 @@ from svft_diffusion.exchange.importing import ImportReport, import_adapter
 # SVDiff of svdiff-pytorch
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 1.2])
+@pytest.mark.parametrize("strength", [0.5, 1.2])
 @pytest.mark.parametrize("make_unet", [tiny_unet, tiny_unet_sd1])
 def test_community_svdiff_gives_the_outputs_of_its_own_formula(tmp_path, make_unet, strength):
     base = Base(tmp_path, make_unet())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from adapter_files import write_models
 from foreign_files import (
     ATTENTION,
     LINEAR,
@@ -16,11 +20,19 @@ from foreign_files import (
     written,
 )
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_pipeline, tiny_unet, tiny_unet_sdxl
+from tiny_models import (
+    tiny_pipeline,
+    tiny_projecting_text_encoder,
+    tiny_text_encoder,
+    tiny_unet,
+    tiny_unet_sdxl,
+)
 from torch import Tensor, nn
 
 from svft_diffusion.adapters.targets import adaptable_layers
+from svft_diffusion.cli import import_adapter as command
 from svft_diffusion.exchange.importing import import_adapter
+from svft_diffusion.files import read_header
 
 CONVOLUTIONS = ("down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv_shortcut", "conv_in")
 ENCODER = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1")
@@ -228,8 +240,8 @@ def test_what_a_lora_has_beyond_the_base_is_left_out_and_counts_as_lost(tmp_path
     file = written(tmp_path / "lora.safetensors", whole | foreign)
     report = import_adapter(base.models, file)
     assert report.left_out.keys() == {"lora_unet_somewhere_else", "lora_unet_conv_in.diff_b"}
-    lost = sum((layer.size * layer.error) ** 2 for layer in report.layers) + 36 * 20
-    size = sum(layer.size**2 for layer in report.layers) + 36 * 20
+    lost = sum((layer.size * layer.error) ** 2 for layer in report.layers) + 36 * 20 + 16
+    size = sum(layer.size**2 for layer in report.layers) + 36 * 20 + 16
     assert report.error == pytest.approx((lost / size) ** 0.5, rel=1e-6)
     assert any("somewhere_else" in line for line in report.lines())
 
@@ -240,3 +252,97 @@ def test_every_adaptable_layer_has_one_name_in_kohyas_spelling(tmp_path):
     file = kohya_file(tmp_path / "all.safetensors", "lora_unet", lora_factors(base.models["unet"], paths, rank=1))
     report = import_adapter(base.models, file)
     assert {layer.layer for layer in report.layers} == {f"unet.{path}" for path in paths} and not report.left_out
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64]
+)
+def test_factors_of_any_floating_type_are_read(tmp_path, dtype):
+    factors = {
+        path: (up.to(dtype), down.to(dtype)) for path, (up, down) in lora_factors(tiny_unet(), [LINEAR[0]]).items()
+    }
+    base = Base(tmp_path)
+    report = import_adapter(base.models, kohya_file(tmp_path / "lora.safetensors", "lora_unet", factors, alpha=1.0))
+    (up, down) = factors[LINEAR[0]]
+    update = update_of(up, down, 1 / 3)
+    found = updates(base.saved_and_loaded(report)["unet"], "imported")[LINEAR[0]]
+    assert relative(found, best_entries(base.models["unet"], LINEAR[0], update, "random", 2)) <= 1e-5
+    assert report.layers[0].size == pytest.approx(float(update.norm()), rel=1e-5)
+
+
+def test_both_text_encoders_of_sdxl_are_found_by_kohyas_names(tmp_path):
+    models = {"text_encoder": tiny_text_encoder(), "text_encoder_2": tiny_projecting_text_encoder()}
+    tensors, sizes = {}, {}
+    for component, prefix in (("text_encoder", "lora_te1"), ("text_encoder_2", "lora_te2")):
+        path = _path_in(models[component], ENCODER[0])
+        (up, down) = lora_factors(models[component], [path], seed=len(prefix + component))[path]
+        name = f"{prefix}_text_model_{ENCODER[0].replace('.', '_')}"
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(6.0)}
+        sizes[f"{component}.text_model.{ENCODER[0]}"] = float(update_of(up, down, 2.0).norm())
+    report = import_adapter(models, written(tmp_path / "lora.safetensors", tensors))
+    assert {layer.layer: layer.size for layer in report.layers} == pytest.approx(sizes, rel=1e-5)
+
+
+def _path_in(model: nn.Module, path: str) -> str:
+    return path if path in dict(model.named_modules()) else f"text_model.{path}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_lora_is_imported_to_a_base_in_16_bit(tmp_path, dtype):
+    base = Base(tmp_path)
+    base.models["unet"].to(dtype)
+    factors = lora_factors(tiny_unet(), [LINEAR[2], CONVOLUTIONS[0]])
+    report = import_adapter(base.models, kohya_file(tmp_path / "lora.safetensors", "lora_unet", factors))
+    reported = {layer.layer: layer.error for layer in report.layers}
+    for path, found in updates(base.models["unet"], report.adapter).items():
+        update = update_of(*factors[path])
+        assert relative(found, best_entries(base.models["unet"], path, update, "random", 2)) <= 1e-5
+        assert reported[f"unet.{path}"] == pytest.approx(relative(found, update), rel=1e-3)
+
+
+# What a file says of itself
+
+
+def described_file(folder: Path, metadata: dict[str, str]) -> Path:
+    (up, down) = lora_factors(tiny_unet(), [LINEAR[0]])[LINEAR[0]]
+    name = f"lora_unet_{LINEAR[0].replace('.', '_')}"
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    return written(folder / "lora.safetensors", tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, (None, None, None)),
+        ({"modelspec.title": "Robot", "ss_output_name": "robot_v2"}, ("Robot", None, None)),
+        ({"modelspec.title": " \n", "ss_output_name": "robot_v2"}, ("robot_v2", None, None)),
+        ({"ss_output_name": "/home/bob/loras/robot"}, ("robot", None, None)),
+        ({"ss_output_name": "C:\\Users\\bob\\robot"}, ("robot", None, None)),
+        ({"modelspec.trigger_phrase": "sks\u202e\trobot\n\x1b[31m"}, (None, "sks robot [31m", None)),
+        ({"modelspec.description": "A\r\nrobot."}, (None, None, "A robot.")),
+        ({"modelspec.usage_hint": "suggested weight 0.8"}, (None, None, "usage: suggested weight 0.8")),
+        (
+            {"modelspec.description": "A robot.", "modelspec.usage_hint": "0.8"},
+            (None, None, "A robot.; usage: 0.8"),
+        ),
+        ({"modelspec.title": "t" * 300}, ("t" * 197 + "...", None, None)),
+        ({"modelspec.description": "d" * 100_000}, (None, None, "d" * 1997 + "...")),
+    ],
+)
+def test_what_a_file_says_of_itself_is_kept_as_text(tmp_path, metadata, expected):
+    said = import_adapter(Base(tmp_path).models, described_file(tmp_path, metadata)).labels
+    assert (said.title, said.trigger, said.description) == expected
+
+
+def test_the_command_keeps_what_a_file_says(tmp_path, capsys):
+    models = write_models(tmp_path / "models")
+    said = {"modelspec.title": "Robot", "modelspec.trigger_phrase": "sks robot", "modelspec.usage_hint": "0.8"}
+    output = tmp_path / "out.safetensors"
+    file = described_file(tmp_path, said)
+    command.run([str(file), "--base", str(models.base), "-o", str(output)])
+    assert "the file says, trigger: sks robot" in capsys.readouterr().out
+    header = read_header(output)
+    assert (header.title, header.trigger, header.description) == ("Robot", "sks robot", "usage: 0.8")
+    assert header.suggested_strength == 1.0, "a stranger's hint sets nothing"
+    command.run([str(file), "--base", str(models.base), "-o", str(output), "--overwrite", "--json"])
+    assert json.loads(capsys.readouterr().out)["labels"]["title"] == "Robot"

@@ -69,6 +69,14 @@ def _bad_files() -> dict[str, tuple[dict[str, Tensor], str]]:
         "lora with two alphas": (lora | {f"unet.{LINEAR[0]}.alpha": torch.ones(2)}, "no single number"),
         "lora twice": (lora | {f"unet.{LINEAR[0]}.lora.down.weight": torch.ones(3, 24)}, "twice"),
         "dora": (lora | {f"unet.{LINEAR[0]}.lora_magnitude_vector": torch.ones(24)}, "DoRA"),
+        "dora of kohya": (lora | {f"unet.{LINEAR[0]}.dora_scale": torch.ones(24, 1)}, "DoRA, no plain LoRA"),
+        "lokr": ({"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)}, "LoKr"),
+        "lora beside loha": (lora | {"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+        "svdiff beside lora": (svdiff | lora, "mixes a LoRA with another format: .*delta"),
+        "lora in complex numbers": (
+            _changed(lora, "lora_B.weight", torch.ones(24, 3, dtype=torch.complex64)),
+            "C64",
+        ),
         "loha": ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
         "empty": ({"lora_unet_x.lora_up.weight": torch.ones(2, 0)}, "no elements"),
     }

@@ -13,11 +13,11 @@ from svft_diffusion.cli.arguments import Parser
 _DESCRIPTION = """\
 Write an adapter as a LoRA file that other tools read without this package.
 
-  kohya       read by ComfyUI, A1111, Forge, diffusers and most others
+  kohya       read by diffusers; named by the rules of ComfyUI, A1111, Forge and kohya's scripts
   diffusers   read by diffusers and PEFT
-  comfy-full  read by ComfyUI alone; also holds biases, norms and embeddings, as dense differences
+  comfy-full  named by the rules of ComfyUI; also holds biases, norms and embeddings, as dense differences
 
-Printed: for each layer and in total the relative error of the file, and what it could not hold.
+Printed: for each layer and in total the relative error of the file as written, and what it could not hold.
 """
 _EPILOG = """example:
   svft-diffusion export outputs/robot/adapter.safetensors --base toybox --rank full -o robot-lora.safetensors
@@ -38,27 +38,38 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.exchange.lora_file import write_lora
     from svft_diffusion.exchange.lora_metadata import described
     from svft_diffusion.files import read_header
+    from svft_diffusion.files.training_folder import adapter_file
     from svft_diffusion.files.whole_files import check_output_file
     from svft_diffusion.models.loading import load_pipeline
-    from svft_diffusion.sampling.adapter_choice import ADAPTER_FILE, check_adapter
+    from svft_diffusion.sampling.adapter_choice import check_adapter
 
-    check_arguments(options.format, options.rank, options.strength)
-    file = options.file / ADAPTER_FILE if options.file.is_dir() else options.file
+    check_arguments(options.format, options.rank, options.strength, options.dtype)
+    file = adapter_file(options.file)
     check_output_file(options.output, overwrite=options.overwrite, inputs=[file])
     header = read_header(file)
     if options.on_mismatch == "error":
         check_adapter(file, options.base, name="exported")  # before the model is loaded
     pipeline = load_pipeline(options.base, revision=options.revision, variant=options.variant)
     load_adapter(pipeline, file, "exported", on_mismatch=options.on_mismatch)
-    exported = export_lora(pipeline, "exported", format=options.format, rank=options.rank, strength=options.strength)
+    exported = export_lora(
+        pipeline,
+        "exported",
+        format=options.format,
+        rank=options.rank,
+        strength=options.strength,
+        dtype=options.dtype,
+    )
     written = write_lora(
         exported, options.output, described=described(header, options.strength), overwrite=options.overwrite
     )
     size = written.stat().st_size
     if options.json:
-        print(json.dumps({"file": str(written), "bytes": size, **exported.report.to_json()}, indent=2))
+        described_file = {"file": str(written), "bytes": size, "left_out_tokens": header.tokens}
+        print(json.dumps({**described_file, **exported.report.to_json()}, indent=2))
         return
     print(exported.report)
+    for component, tokens in sorted(header.tokens.items()):
+        print(f"left out: tokens that {component} learned ({', '.join(tokens)}): a LoRA has no place for new tokens")
     print(f"{written}: {size / 1000:.1f} kB")
 
 
@@ -71,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
     parser.add_argument("--variant", help="file variant of the base model, such as fp16")
     parser.add_argument(
-        "--on_mismatch", "--on-mismatch", choices=("error", "align", "force"), default="error",
+        "--on_mismatch", choices=("error", "align", "force"), default="error",
         help="what to do with another base than the adapter was trained on (default: error)",
     )  # fmt: skip
     parser.add_argument(
@@ -82,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of the LoRA; auto: the smallest with an error below 1 %%, at most 128 (default: auto)",
     )  # fmt: skip
     parser.add_argument("--strength", type=float, default=1.0, help="of the adapter in the file (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32",
+        help="of the values; float16 halves the file, and its rounding is counted as error (default: float32)",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="what to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -12,7 +12,8 @@ _DESCRIPTION = """Turn an adapter of another tool into an adapter file.
 
 Read are SVDiff files of svdiff-pytorch (spectral_shifts.safetensors, spectral_shifts_te.safetensors) and state dicts
 of SVFT's authors, which stay what they are, and plain LoRAs in the spellings of kohya, diffusers and PEFT, of which
-the largest part that the pattern can hold is kept; the error is stated. Pickled files are never opened.
+the largest part that the pattern can hold is kept; the error is stated. Title, trigger phrase and description in a
+file's header are kept as text. Pickled files are never opened.
 """
 _EPILOG = """examples:
   svft-diffusion import spectral_shifts.safetensors spectral_shifts_te.safetensors --base MODEL -o dog.safetensors
@@ -44,6 +45,9 @@ def run(argv: Sequence[str]) -> None:
     report = import_adapter(pipe, files, pattern=options.pattern, off_diagonals=options.off_diagonals)
     metadata = AdapterMetadata(
         base_name=base_display_name(options.base),
+        title=report.labels.title,
+        trigger=report.labels.trigger,
+        description=report.labels.description,
         training={"imported_from": report.source, "import_error": report.error},
     )
     save_adapter(pipe, report.adapter, output, metadata=metadata)
@@ -61,7 +65,7 @@ def _parser() -> Parser:
     parser.add_argument("--base", required=True, help="the base model that the files were trained on: folder or name")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the adapter file to write")
     parser.add_argument("--pattern", choices=PATTERNS, help="entries to keep (default for a LoRA: random, the largest)")
-    parser.add_argument("--off_diagonals", "--off-diagonals", type=int, help="width of the pattern (default: 2)")
+    parser.add_argument("--off_diagonals", type=int, help="width of the pattern (default: 2)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,14 +17,22 @@ from svft_diffusion.adapters.layers.kinds import Kind, has_plain_forward
 from svft_diffusion.adapters.methods import Term, Triplets, combined_core
 from svft_diffusion.adapters.training import adapted_layers
 from svft_diffusion.errors import UserError
-from svft_diffusion.exchange.export_report import AUTO_TOLERANCE, CarriedLayer, ExportReport, LeftOut
-from svft_diffusion.exchange.lora_factors import CoreFactors, decompose_core, lora_factors, smallest_rank
+from svft_diffusion.exchange.export_report import AUTO_TOLERANCE, CarriedDifference, CarriedLayer, ExportReport, LeftOut
+from svft_diffusion.exchange.lora_factors import (
+    CoreFactors,
+    decompose_core,
+    lora_factors,
+    rounding_error,
+    smallest_rank,
+)
 from svft_diffusion.exchange.lora_keys import FORMATS, Format, NoName, layer_key, lora_names
 from svft_diffusion.exchange.lora_metadata import lora_metadata
 from svft_diffusion.files.names import components_of
 from svft_diffusion.settings import nearest_hint
 
 Rank = int | Literal["auto", "full"]
+Dtype = Literal["float32", "float16"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 AUTO_LARGEST_RANK = 128
 """Rank at which ``rank="auto"`` ends at any error: tools expect no larger LoRA, and files grow with the rank."""
@@ -40,7 +48,7 @@ _NO_PLAIN_FORWARD = "a LoRA beside it would not be the same: it has groups, or c
 
 @dataclass(frozen=True)
 class ExportedLora:
-    """Tensors by name, all float32; what the file's header says beside them; and what they hold of the adapter."""
+    """Tensors by name; what the file's header says beside them; and what they hold of the adapter."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -59,7 +67,13 @@ class _Matrix(NamedTuple):
 
 @torch.no_grad()
 def export_lora(
-    pipe: object, name: str, *, format: Format = "kohya", rank: Rank = "auto", strength: float = 1.0
+    pipe: object,
+    name: str,
+    *,
+    format: Format = "kohya",
+    rank: Rank = "auto",
+    strength: float = 1.0,
+    dtype: Dtype = "float32",
 ) -> ExportedLora:
     """An adapter of a pipeline as a LoRA: exact up to the rank, the best possible one below it.
 
@@ -75,37 +89,46 @@ def export_lora(
             `AUTO_TOLERANCE`, at most `AUTO_LARGEST_RANK`.
         strength: of the adapter. That of the LoRA it becomes multiplies the result, which for SVDiff is another thing
             where singular values end at zero.
+        dtype: of the tensors, other than alphas; the report counts what rounding to it loses.
 
     Raises:
-        UserError: no such adapter, it is fused, an argument is out of range, or the format holds nothing of it.
+        UserError: no such adapter, it is fused, an argument is out of range, the format holds nothing of it, or a
+            value is too large for ``dtype``.
     """
-    check_arguments(format, rank, strength)
+    check_arguments(format, rank, strength, dtype)
     components = components_of(pipe)
     layers = adapted_layers(components, name)
     for model in components.values():
         refuse_fused(model, f"export {name!r}")
     largest = {"auto": AUTO_LARGEST_RANK, "full": None}[rank] if isinstance(rank, str) else rank
-    contents = _Contents(format, components, largest)
+    contents = _Contents(format, components, largest, DTYPES[dtype])
     for canonical, layer in layers.items():
-        contents.add(canonical, layer, _term(layer, name, strength))
+        contents.add(canonical, layer, layer.term(name, strength=strength, on_cpu=True))
     if not (contents.matrices or contents.dense):
         raise UserError(f"{_why_nothing(contents, name, strength)}; there is nothing to export")
     matrices = contents.matrices
     chosen = _common_rank([matrix.core for matrix in matrices], rank)
-    carried = tuple(
-        CarriedLayer(matrix.name, matrix.core.dropped(0), matrix.core.rank, matrix.core.dropped(chosen))
-        for matrix in matrices
-    )
+    tensors, carried = dict(contents.dense), []
+    for matrix in matrices:
+        held, described = _lora_of(matrix, format, chosen, DTYPES[dtype])
+        tensors |= held
+        carried.append(described)
     report = ExportReport(
-        format, chosen, rank == "auto", strength, carried, contents.dense_norms, tuple(contents.left_out)
+        format,
+        chosen,
+        rank == "auto",
+        strength,
+        dtype,
+        tuple(carried),
+        tuple(contents.differences),
+        tuple(contents.left_out),
     )
-    tensors = contents.dense | _lora_tensors(format, matrices, chosen)
     has_convolutions = any(matrix.layer.kind == "convolution" for matrix in matrices)
     metadata = lora_metadata(pipe, format, chosen, has_convolutions=has_convolutions)
     return ExportedLora(dict(sorted(tensors.items())), metadata, report)
 
 
-def check_arguments(format: str, rank: Rank, strength: float) -> None:
+def check_arguments(format: str, rank: Rank, strength: float, dtype: str = "float32") -> None:
     """Raise `UserError` if one of the arguments of `export_lora` is out of range."""
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}{nearest_hint(format, FORMATS)}; choose from {', '.join(FORMATS)}")
@@ -113,25 +136,23 @@ def check_arguments(format: str, rank: Rank, strength: float) -> None:
         raise UserError(f"rank must be a whole number of at least 1, auto or full, got {rank!r}")
     if not math.isfinite(strength) or strength == 0:
         raise UserError(f"strength must be a finite number other than 0, got {strength}")
-
-
-def _term(layer: SpectralLayer, name: str, strength: float) -> Term:
-    """The adapter's part in a layer, on the CPU."""
-    positions = layer.positions(name)
-    parts = {part: tensor.detach().cpu() for part, tensor in layer.trained_parts(name).items()}
-    return Term(strength, layer.options[name], parts, None if positions is None else positions.cpu())
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}{nearest_hint(dtype, DTYPES)}; choose from {', '.join(DTYPES)}")
 
 
 class _Contents:
     """What of an adapter a format holds, and how; what is zero is nowhere."""
 
-    def __init__(self, format: Format, components: Mapping[str, nn.Module], largest_rank: int | None) -> None:
+    def __init__(
+        self, format: Format, components: Mapping[str, nn.Module], largest_rank: int | None, dtype: torch.dtype
+    ) -> None:
         self.format = format
+        self.dtype = dtype
         self.components = components
         self.largest_rank = largest_rank
         self.matrices: list[_Matrix] = []
         self.dense: dict[str, Tensor] = {}  # by tensor name
-        self.dense_norms: dict[str, float] = {}  # by canonical name and part
+        self.differences: list[CarriedDifference] = []  # what the dense tensors are
         self.left_out: list[LeftOut] = []
 
     def add(self, name: str, layer: SpectralLayer, term: Term) -> None:
@@ -169,7 +190,7 @@ class _Contents:
             return
         self._add_difference(name, "bias", key, ".b_norm", float(bias.norm()), lambda: bias, _NO_BIAS)
         if f"{key}.b_norm" in self.dense:  # ComfyUI reads a norm's bias only beside its weight
-            self.dense.setdefault(f"{key}.w_norm", update)
+            self.dense.setdefault(f"{key}.w_norm", update.to(self.dtype))
 
     def _add_difference(
         self,
@@ -189,8 +210,11 @@ class _Contents:
         elif self.format != "comfy-full":
             self.left_out.append(LeftOut(name, part, norm, reason))
         else:
-            self.dense[f"{key}{ending}"] = difference().float().contiguous()
-            self.dense_norms[f"{name}.{part}"] = norm
+            exact = difference()
+            held = _rounded(exact, self.dtype, f"{name}.{part}")
+            self.dense[f"{key}{ending}"] = held
+            rounding = float((held.double() - exact.double()).norm())
+            self.differences.append(CarriedDifference(name, part, norm, rounding))
 
 
 def _weight_of(layer: SpectralLayer) -> Tensor:
@@ -222,18 +246,36 @@ def _why_nothing(contents: _Contents, name: str, strength: float) -> str:
     return f"adapter {name!r} changes nothing at strength {strength:g}"
 
 
-def _lora_tensors(format: Format, matrices: Iterable[_Matrix], rank: int) -> dict[str, Tensor]:
-    """``A``, ``B`` and alpha of every layer; those of a convolution as kernels, ``B`` with one of size 1."""
-    tensors = {}
-    for matrix in matrices:
-        weight = _weight_of(matrix.layer)
-        assert matrix.layer.factors is not None
-        U, _, Vh = matrix.layer.factors
-        triplets = matrix.triplets.long() if isinstance(matrix.triplets, Tensor) else matrix.triplets
-        B, A = lora_factors(U[:, triplets], matrix.core, Vh[triplets], rank)
-        down, up, alpha = lora_names(format, matrix.key)
-        tensors[down] = A.reshape(rank, *weight.shape[1:]).contiguous()
-        tensors[up] = B.reshape(len(B), rank, *[1] * (weight.ndim - 2)).contiguous()
-        if alpha is not None:
-            tensors[alpha] = torch.tensor(float(rank))
-    return tensors
+def _lora_of(matrix: _Matrix, format: Format, rank: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], CarriedLayer]:
+    """``A``, ``B`` and alpha of a layer; those of a convolution as kernels, ``B`` with one of size 1."""
+    weight, core = _weight_of(matrix.layer), matrix.core
+    assert matrix.layer.factors is not None
+    U, _, Vh = matrix.layer.factors
+    triplets = matrix.triplets.long() if isinstance(matrix.triplets, Tensor) else matrix.triplets
+    B, A = lora_factors(U[:, triplets], core, Vh[triplets], rank)
+    held_B, held_A = _rounded(B, dtype, matrix.name), _rounded(A, dtype, matrix.name)
+    down, up, alpha = lora_names(format, matrix.key)
+    tensors = {
+        down: held_A.reshape(rank, *weight.shape[1:]),
+        up: held_B.reshape(len(B), rank, *[1] * (weight.ndim - 2)),
+    }
+    if alpha is not None:  # in float32 always: float16 does not have every rank
+        tensors[alpha] = torch.tensor(float(rank))
+    rounding = rounding_error(core.s, B, A, held_B, held_A)
+    return tensors, CarriedLayer(matrix.name, core.dropped(0), core.rank, core.dropped(rank), rounding)
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values in the dtype of the file.
+
+    Raises:
+        UserError: one is too large for it.
+    """
+    rounded = exact.to(dtype).contiguous()
+    if not torch.isfinite(rounded).all():
+        largest, limit = float(exact.abs().max()), torch.finfo(dtype).max
+        raise UserError(
+            f"the update of {name} has values up to {largest:.3g}, {str(dtype).removeprefix('torch.')} ends at "
+            f"{limit:.3g}; export with a smaller strength, or with dtype float32"
+        )
+    return rounded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,18 +19,40 @@ class CarriedLayer:
         layer: canonical name.
         norm: Frobenius norm of the update.
         rank: rank of the update, which the file's rank may be below.
-        dropped: Frobenius norm of what the file lacks of it.
+        dropped: Frobenius norm of what the file's rank has no place for.
+        rounding: Frobenius norm of what rounding the factors to the file's dtype changes.
     """
 
     layer: str
     norm: float
     rank: int
     dropped: float
+    rounding: float
+
+    @property
+    def distance(self) -> float:
+        """Frobenius norm of the update less that in the file."""
+        return math.hypot(self.dropped, self.rounding)
 
     @property
     def error(self) -> float:
         """Relative error of the update in the file."""
-        return self.dropped / self.norm
+        return self.distance / self.norm
+
+
+@dataclass(frozen=True)
+class CarriedDifference:
+    """A change that the file holds whole: ``part`` (weight, bias) of a layer, its norm, and that of its rounding."""
+
+    layer: str
+    part: str
+    norm: float
+    rounding: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the change in the file."""
+        return self.rounding / self.norm
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,9 @@ class ExportReport:
         rank: the one rank of all layers in the file; 0 where it holds dense differences alone.
         auto: the rank was chosen by ``rank="auto"``.
         strength: what the adapter was multiplied by.
+        dtype: of the file's tensors.
         layers: the layers held as LoRA.
-        dense: norms of what is held as dense differences, by ``<canonical layer>.<part>``; no error but rounding.
+        dense: what is held as dense differences.
         left_out: what the file does not hold.
     """
 
@@ -60,18 +84,25 @@ class ExportReport:
     rank: int
     auto: bool
     strength: float
+    dtype: str
     layers: tuple[CarriedLayer, ...]
-    dense: dict[str, float]
+    dense: tuple[CarriedDifference, ...]
     left_out: tuple[LeftOut, ...]
 
     @property
     def rank_error(self) -> float:
         """Relative error that the rank alone makes, over all layers held as LoRA."""
-        if not self.layers:
-            return 0.0
-        return math.hypot(*(layer.dropped for layer in self.layers)) / math.hypot(
-            *(layer.norm for layer in self.layers)
-        )
+        return _ratio((layer.dropped for layer in self.layers), (layer.norm for layer in self.layers))
+
+    @property
+    def layer_error(self) -> float:
+        """Relative error over all layers held as LoRA, of rank and rounding."""
+        return _ratio((layer.distance for layer in self.layers), (layer.norm for layer in self.layers))
+
+    @property
+    def dense_error(self) -> float:
+        """Relative error of all dense differences, of rounding."""
+        return _ratio((held.rounding for held in self.dense), (held.norm for held in self.dense))
 
     @property
     def rank_cut(self) -> bool:
@@ -81,19 +112,17 @@ class ExportReport:
     @property
     def total_error(self) -> float:
         """Norm of all that the file lacks, relative to all that the adapter changes: weights, biases and norms."""
-        lacking = [*(layer.dropped for layer in self.layers), *(lost.norm for lost in self.left_out)]
-        whole = [
-            *(layer.norm for layer in self.layers),
-            *self.dense.values(),
-            *(lost.norm for lost in self.left_out),
-        ]
-        return math.hypot(*lacking) / math.hypot(*whole)
+        left_out = [lost.norm for lost in self.left_out]
+        lacking = [*(layer.distance for layer in self.layers), *(held.rounding for held in self.dense), *left_out]
+        whole = [*(layer.norm for layer in self.layers), *(held.norm for held in self.dense), *left_out]
+        return _ratio(lacking, whole)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return {
             **asdict(self),
             "layers": [{**asdict(layer), "error": layer.error} for layer in self.layers],
+            "dense": [{**asdict(held), "error": held.error} for held in self.dense],
             "rank_cut": self.rank_cut,
             "rank_error": self.rank_error,
             "total_error": self.total_error,
@@ -109,9 +138,12 @@ class ExportReport:
                 f"{layer.layer:<{width}}  {layer.norm:>9.3g}  {layer.rank:>4}  {layer.error:.2e}"
                 for layer in self.layers
             ]
-            lines.append(f"{len(self.layers)} layers as LoRA of rank {self.rank}: relative error {self.rank_error:.2e}")
+            lines.append(
+                f"{len(self.layers)} layers as LoRA of rank {self.rank} in {self.dtype}: "
+                f"relative error {self.layer_error:.2e}, by the rank alone {self.rank_error:.2e}"
+            )
         if self.dense:
-            lines.append(f"{len(self.dense)} dense differences: exact")
+            lines.append(f"{len(self.dense)} dense differences in {self.dtype}: relative error {self.dense_error:.2e}")
         if self.rank_cut:
             lines.append(
                 f"rank auto ended at {self.rank}, its limit: the adapter is of higher rank; give a rank, or full"
@@ -128,6 +160,12 @@ class ExportReport:
             f"left out: {part} of {_some(group)}, norm {math.hypot(*(lost.norm for lost in group)):.3g}: {reason}"
             for (part, reason), group in groups.items()
         ]
+
+
+def _ratio(parts: Iterable[float], whole: Iterable[float]) -> float:
+    """Root of the sum of squares of parts, relative to that of the whole; 0 where there is nothing."""
+    size = math.hypot(*whole)
+    return math.hypot(*parts) / size if size > 0 else 0.0
 
 
 def _some(group: list[LeftOut]) -> str:

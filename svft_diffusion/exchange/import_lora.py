@@ -6,6 +6,7 @@ is ``alpha / r`` (1 without an alpha). Of convolutions (LoCon) ``A`` is a kernel
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from svft_diffusion.exchange.conversion import (
 from svft_diffusion.exchange.foreign_file import ForeignFile
 from svft_diffusion.exchange.import_lora_names import layers_by_name, names_in_diffusers_spelling, without_processor
 from svft_diffusion.exchange.import_lora_settings import LoraSettings, lora_settings
-from svft_diffusion.exchange.projection import project_product
+from svft_diffusion.exchange.projection import project_product, size_of_product
 from svft_diffusion.files.tensor_names import POSITIONS, tensor_name
 
 # Ends of tensor names: what stands in front of them is the layer.
@@ -48,6 +49,9 @@ _OTHER_KINDS = {
     ".boft_": "BOFT",
     ".vera_lambda": "VeRA",
 }
+_OTHER_FORMATS = re.compile(r".+(\.delta|\.svft_layer\.\w+)")
+# Dense differences of weights, biases and norms, which the adapter leaves out.
+_DIFFERENCE = re.compile(r".+\.(diff|diff_b|w_norm|b_norm)")
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,7 @@ class _Factors:
     @property
     def size(self) -> float:
         """``||B A||``."""
-        B, A = self.B.double(), self.A.double()
-        return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+        return size_of_product(self.B, self.A)
 
 
 def _recognises(file: ForeignFile) -> bool:
@@ -81,14 +84,20 @@ def _convert(
             raise UserError(f"{file.name} is a {kind}, no plain LoRA, and can't be imported")
         settings = lora_settings(file)
         by_layer, rest = _tensors_by_layer(file, components)
+        if mixed := next((name for name in rest if _OTHER_FORMATS.fullmatch(name)), None):
+            raise UserError(
+                f"{file.name} mixes a LoRA with another format: {mixed!r}; import each from a file of its own"
+            )
         left_out |= dict.fromkeys(rest, "it is no factor of a product")
+        differences = file.tensors(name for name in rest if _DIFFERENCE.fullmatch(name))
+        lost = math.hypot(lost, *(float(difference.double().norm()) for difference in differences.values()))
         for name, roles in by_layer.items():
             layer = table.get(without_processor(name))
             held = file.tensors(roles.values())
             product = _product(file, name, {role: held[tensor] for role, tensor in roles.items()}, layer, settings)
             if layer is None:
                 left_out[name] = "the base has no such layer"
-                lost = (lost**2 + product.size**2) ** 0.5
+                lost = math.hypot(lost, product.size)
             elif layer.canonical in products:
                 raise UserError(f"{file.name}: {name} changes layer {layer.canonical}, which another name does too")
             else:
@@ -137,16 +146,19 @@ def _product(
     if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or up[0, 0].numel() != 1:
         raise UserError(f"{file.name}: the factors of {name}, {tuple(up.shape)} and {tuple(down.shape)}, do not fit")
     rank = down.shape[0]
-    if mid is not None:
-        if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or down[0, 0].numel() != 1:
-            raise UserError(f"{file.name}: the three factors of {name} do not go together")
-        down = torch.einsum("pq...,qc->pc...", mid, down.reshape(rank, -1))
-    B, A = up.reshape(len(up), rank), down.reshape(rank, -1)
-    if layer is not None and (len(B), A.shape[1]) != layer.matrix_shape:
+    if mid is not None and (mid.ndim < 3 or mid.shape[:2] != (rank, rank) or down[0, 0].numel() != 1):
+        raise UserError(f"{file.name}: the three factors of {name} do not go together")
+    shape = len(up), down[0].numel() * (1 if mid is None else mid[0, 0].numel())
+    if layer is not None and shape != layer.matrix_shape:
         raise UserError(
-            f"{file.name} was made for another base: its update of layer {layer.canonical} is {len(B)} x {A.shape[1]}, "
+            f"{file.name} was made for another base: its update of layer {layer.canonical} is {shape[0]} x {shape[1]}, "
             f"the base's weight {layer.matrix_shape[0]} x {layer.matrix_shape[1]}"
         )
+    B, A = up.reshape(len(up), rank), down.reshape(rank, -1)
+    if mid is not None:
+        if layer is None:  # only its size counts, and a triangle, which may be far smaller, has the same
+            A = torch.linalg.qr(A.T.double(), mode="r").R.T
+        A = torch.einsum("pq...,qc->pc...", mid.to(A.dtype), A).reshape(rank, -1)
     if "alpha" in held:
         if held["alpha"].numel() != 1:
             raise UserError(f"{file.name}: the alpha of {name} is no single number")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.foreign_file import ForeignFile
 
 _PEFT_CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 2**20  # bytes
+_LARGEST_ALPHA = 1e30
+_PATH = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,14 @@ class LoraSettings:
     """Scales of a LoRA's updates, of one component or of a whole file."""
 
     alpha: float | None = None  # None: as large as the rank
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # end of a layer's path -> its alpha
     use_rslora: bool = False
 
     def scale(self, path: str, rank: int) -> float:
         """``alpha / r`` of the layer at ``path``, or ``alpha / sqrt(r)`` as rank-stabilised LoRA has it."""
-        key = get_pattern_key(self.alpha_pattern, path) if self.alpha_pattern else path
-        alpha = self.alpha_pattern.get(key, self.alpha)
+        parts = path.split(".")
+        ends = (".".join(parts[first:]) for first in range(len(parts)))
+        alpha = next((self.alpha_pattern[end] for end in ends if end in self.alpha_pattern), self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -74,8 +77,13 @@ def _checked(file: ForeignFile, fields: Mapping[str, Any]) -> LoraSettings:
         raise UserError(f"{file.name}: the LoRA's settings are damaged: alpha_pattern holds no numbers")
     if alpha is not None and not _is_number(alpha):
         raise UserError(f"{file.name}: the LoRA's settings are damaged: lora_alpha is no number")
+    # PEFT takes any regular expression; tools write paths, and an expression of a stranger's may take for ever.
+    pattern = {key.removeprefix("^").removesuffix("$").replace("\\.", "."): value for key, value in pattern.items()}
+    if unknown := next((key for key in pattern if not _PATH.fullmatch(key)), None):
+        raise UserError(f"{file.name}: alpha_pattern has {unknown[:100]!r}, which is no path of a layer")
     return LoraSettings(alpha, pattern, bool(fields.get("use_rslora")))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: JSON holds whole numbers that no float can be.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_ALPHA

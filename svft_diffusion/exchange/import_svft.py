@@ -210,8 +210,9 @@ def _other_tensors(file: ForeignFile, components: Mapping[str, nn.Module], compo
         except AttributeError:
             left_out[name] = "the base has no such tensor"
             continue
-        own = getattr(module, parameter, None)
-        if not isinstance(own, Tensor) or tuple(own.shape) != shape:
+        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        own = tensors.get(parameter)
+        if own is None or tuple(own.shape) != shape:
             left_out[name] = "the base has no such tensor"
             continue
         held = file.tensors([name])[name]

@@ -6,27 +6,24 @@ A new format is a module with a `Format` and a row in `FORMATS`.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from svft_diffusion.adapters import SpectralConfig, load_adapter_state
 from svft_diffusion.adapters.fitting import check_free
-from svft_diffusion.adapters.injection import inject, refuse_fused
-from svft_diffusion.adapters.joining import joining
+from svft_diffusion.adapters.injection import refuse_fused
+from svft_diffusion.adapters.installing import install_adapter
 from svft_diffusion.adapters.names import usable_adapter_name
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.conversion import PATTERNS, Conversion, ConvertedLayer, Format, ProjectionOptions
 from svft_diffusion.exchange.foreign_file import ForeignFile, open_foreign
+from svft_diffusion.exchange.import_labels import Labels, labels_of
 from svft_diffusion.exchange.import_lora import LORA
 from svft_diffusion.exchange.import_svdiff import SVDIFF
 from svft_diffusion.exchange.import_svft import SVFT
-from svft_diffusion.files.names import components_of, module_path, split_canonical_name
-from svft_diffusion.files.tensor_names import layer_names
+from svft_diffusion.files.names import components_of
 
 FORMATS: tuple[Format, ...] = (SVDIFF, SVFT, LORA)
 
@@ -46,6 +43,7 @@ class ImportReport:
         layers: one entry for each adapted layer.
         left_out: what the files hold and the adapter does not, with the reason.
         error: of all updates together, relative to their size; what was left out counts as lost.
+        labels: what the files say of themselves.
     """
 
     adapter: str
@@ -57,6 +55,7 @@ class ImportReport:
     layers: list[ConvertedLayer]
     left_out: dict[str, str]
     error: float
+    labels: Labels
 
     def lines(self) -> list[str]:
         """The report as text: totals, the layers with the largest errors, and what was left out."""
@@ -72,12 +71,14 @@ class ImportReport:
         if self.left_out:
             text.append(f"left out: {len(self.left_out)}")
             text += [f"  {name}: {reason}" for name, reason in list(self.left_out.items())[:_LISTED]]
+        said = {name: line for name, line in asdict(self.labels).items() if line}
+        text += [f"the file says, {name}: {line}" for name, line in said.items()]
         return text
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         layers = [{"layer": layer.layer, "size": layer.size, "error": layer.error} for layer in self.layers]
-        return {**self.__dict__, "layers": layers}
+        return {**self.__dict__, "layers": layers, "labels": asdict(self.labels)}
 
 
 def import_adapter(
@@ -119,7 +120,7 @@ def import_adapter(
         refuse_fused(model, f"import {opened[0].name}")
     conversion = source.convert(opened, components, options)
     _check_finite(opened[0], conversion)
-    _install(components, name, conversion)
+    install_adapter(components, name, conversion.options, conversion.tensors)
     fields = conversion.options
     return ImportReport(
         adapter=name,
@@ -131,6 +132,7 @@ def import_adapter(
         layers=conversion.layers,
         left_out=conversion.left_out,
         error=conversion.error,
+        labels=labels_of(opened),
     )
 
 
@@ -170,20 +172,3 @@ def _check_finite(file: ForeignFile, conversion: Conversion) -> None:
     for tensor_name, tensor in conversion.tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{file.name}: {tensor_name} is too large for float32; the training went wrong")
-
-
-def _install(components: Mapping[str, nn.Module], name: str, conversion: Conversion) -> None:
-    """Add the adapter to exactly the layers that have tensors, and give it their values."""
-    paths: dict[str, list[str]] = {}
-    for layer in layer_names(conversion.tensors):
-        component, path = split_canonical_name(layer)
-        paths.setdefault(component, []).append(module_path(components[component], path))
-    models = {component: components[component] for component in components if component in paths}
-    with joining(models, name):
-        for component, model in models.items():
-            # PEFT shortens a list of paths to their ends, which may match more.
-            exact_paths = "|".join(re.escape(path) for path in paths[component])
-            config = SpectralConfig(**conversion.options, target_modules=exact_paths, inference_mode=True)
-            inject(model, config, name, paths[component])
-        with torch.inference_mode(False):
-            load_adapter_state(models, name, conversion.tensors)

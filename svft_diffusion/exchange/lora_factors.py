@@ -24,9 +24,9 @@ class CoreFactors(NamedTuple):
 
     Attributes:
         rows: triplets that the rows of ``P`` stand for, (a,) int64.
-        P: left singular vectors, (a, q) float32; for a diagonal ``M`` the signs (a,), one for each ``s_i``.
+        P: left singular vectors, (a, q) float64; for a diagonal ``M`` the signs (a,), one for each ``s_i``.
         s: all singular values of ``M`` that are not zero, descending, (rank of M,) float64. ``q`` may be less.
-        Qh: right singular vectors, (q, b) float32; None for a diagonal ``M``, whose ``Q`` has ones where ``P`` has
+        Qh: right singular vectors, (q, b) float64; None for a diagonal ``M``, whose ``Q`` has ones where ``P`` has
             signs.
         columns: triplets that the columns of ``Qh`` stand for, (b,) int64.
     """
@@ -63,24 +63,38 @@ def decompose_core(core: Core, *, largest_rank: int | None = None) -> CoreFactor
     P, s, Qh = torch.linalg.svd(matrix[rows][:, columns].double(), full_matrices=False)
     s = s[s > _RELATIVE_ZERO * s[0]]
     kept = len(s) if largest_rank is None else min(len(s), largest_rank)
-    return CoreFactors(rows, P[:, :kept].float(), s, Qh[:kept].float(), columns)
+    return CoreFactors(rows, P[:, :kept], s, Qh[:kept], columns)
 
 
 def lora_factors(U: Tensor, core: CoreFactors, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``B`` (m, rank) and ``A`` (rank, n) with ``B A`` the best update of this rank; padded with zeros beyond M's rank.
 
-    ``U`` (m, r) and ``Vh`` (r, n) are the triplets that the core matrix stands on.
+    ``U`` (m, r) and ``Vh`` (r, n) are the triplets that the core matrix stands on. Both factors are float64: whoever
+    writes them rounds them once.
     """
     kept = min(rank, core.rank)
-    root = core.s[:kept].sqrt().to(U.dtype)
+    root = core.s[:kept].sqrt()
     if core.Qh is None:
         order = core.rows[:kept]
-        B = U[:, order] * (core.P[:kept].to(U.dtype) * root)
-        A = root[:, None] * Vh[order]
+        B = U[:, order].double() * (core.P[:kept] * root)
+        A = root[:, None] * Vh[order].double()
     else:
-        B = U[:, core.rows] @ core.P[:, :kept].to(U.dtype) * root
-        A = root[:, None] * (core.Qh[:kept].to(Vh.dtype) @ Vh[core.columns])
+        B = U[:, core.rows].double() @ core.P[:, :kept] * root
+        A = root[:, None] * (core.Qh[:kept] @ Vh[core.columns].double())
     return functional.pad(B, (0, rank - kept)), functional.pad(A, (0, 0, 0, rank - kept))
+
+
+def rounding_error(s: Tensor, B: Tensor, A: Tensor, rounded_B: Tensor, rounded_A: Tensor) -> float:
+    """Frobenius norm of ``B A`` less the product of the rounded factors, for ``B`` and ``A`` of `lora_factors`.
+
+    The columns of ``B`` and the rows of ``A`` are orthogonal, of norms ``sqrt(s_i)``. So to first order in the
+    rounding its square is the sum of ``s_i (|db_i|^2 + |da_i|^2)``, and no product is formed. What the rank drops is
+    orthogonal to it.
+    """
+    db = (rounded_B.double() - B).square().sum(0)
+    da = (rounded_A.double() - A).square().sum(1)
+    kept = min(len(db), len(s))
+    return float((s[:kept] * (db[:kept] + da[:kept])).sum().sqrt())
 
 
 def smallest_rank(cores: list[CoreFactors], tolerance: float) -> int:
@@ -96,4 +110,4 @@ def _of_diagonal(values: Tensor, largest_rank: int | None) -> CoreFactors:
     s, order = values.double().abs().sort(descending=True, stable=True)
     rank = int((s > _RELATIVE_ZERO * s[0]).sum())
     kept = rank if largest_rank is None else min(rank, largest_rank)
-    return CoreFactors(order[:kept], values[order[:kept]].sign(), s[:rank], None, order[:kept])
+    return CoreFactors(order[:kept], values[order[:kept]].double().sign(), s[:rank], None, order[:kept])

@@ -9,7 +9,8 @@ format                tensors of one layer
 ====================  ===============================================================================================
 
 A text encoder is ``lora_te``, the two of SDXL are ``lora_te1`` and ``lora_te2``. What lies outside of a text encoder's
-projections has no name in this spelling; ComfyUI knows it by its own path, ``text_encoders.clip_l.transformer....``
+blocks has no name in this spelling; ComfyUI knows it by its own path, ``text_encoders.clip_l.transformer....``, and the
+projection at the end of SDXL's second one as ``lora_te2_text_projection``.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def layer_key(format: Format, layer: str, components: Mapping[str, nn.Module]) -
         return NoName(f"the readers of this format don't adapt {component}")
     if _TEXT_PROJECTION.fullmatch(path):
         return layer if format == "diffusers" else f"{_kohya_text_encoder(component, components)}_{_joined(path)}"
+    if format == "comfy-full" and layer == "text_encoder_2.text_projection":
+        return "lora_te2_text_projection"
     if format == "comfy-full" and path.startswith("text_model."):
         return f"text_encoders.{_comfy_text_encoder(component, components)}.transformer.{path}"
     return NoName("the readers of this format know only the projections of a text encoder's blocks")

@@ -56,12 +56,19 @@ def project_product(factors: SingularFactors, B: Tensor, A: Tensor, *, pattern: 
     else:
         rows, columns = banded_positions(len(left), off_diagonals)
         entries = Entries((left[rows] * right.T[columns]).sum(-1), rows, columns, listed=False)
-    squared_size = float(((B.T @ B) * (A @ A.T)).sum())
-    squared_distance = max(squared_size - float(entries.values.square().sum()), 0.0)
-    size, distance = max(squared_size, 0.0) ** 0.5, squared_distance**0.5
+    size = size_of_product(B, A)
+    distance = max(size**2 - float(entries.values.square().sum()), 0.0) ** 0.5
     if distance < _MEASURED_BELOW * size:
         distance = float((B @ A - update_of_entries(factors, entries)).norm())
     return Projection(entries, size, distance)
+
+
+def size_of_product(B: Tensor, A: Tensor) -> float:
+    """``||B A||`` for ``B`` (m, r) and ``A`` (r, n), through r x r or m x n numbers, whichever is less."""
+    B, A = B.double(), A.double()
+    if len(B) * A.shape[1] < len(A) ** 2:
+        return float((B @ A).norm())
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
 def largest_entries(core: Tensor, count: int) -> Entries:
