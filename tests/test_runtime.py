@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import (
     AdapterMetadata,
-    fingerprint_of_pipeline,
+    BaseDigests,
+    digests_of_pipeline,
     layer_names,
     read_adapter,
     read_header,
@@ -278,6 +280,9 @@ def test_values_that_do_not_fit_the_header_are_refused(dog: Path, field: str, va
 def test_layers_that_the_model_lacks_are_refused(dog: Path, layer: str) -> None:
     header, tensors = read_adapter(dog)
     header.components[layer.partition(".")[0]] += 1
+    known = header.base.digests
+    more = BaseDigests(*(digests + digests[:1] for digests in known))
+    header = replace(header, base=replace(header.base, digests=more))
     write_adapter(dog, header, {**tensors, f"{layer}.bias": torch.ones(3)})
     pipe = tiny_pipeline()
     with pytest.raises(UserError, match="there is no layer"):
@@ -287,7 +292,7 @@ def test_layers_that_the_model_lacks_are_refused(dog: Path, layer: str) -> None:
 
 def test_another_base_is_refused_or_warned_about(dog: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = tiny_pipeline(seed=5)
-    with pytest.raises(UserError, match=r"dog.safetensors was trained on the base toy .*model_name_or_path toy"):
+    with pytest.raises(UserError, match=r"dog.safetensors was trained on the base toy .*give it the base toy"):
         load_adapter(pipe, dog)
     assert_untouched(pipe)
     with caplog.at_level("WARNING"):
@@ -397,7 +402,7 @@ def test_a_file_may_have_any_name(dog: Path, stem: str, name: str) -> None:
 
 def test_a_lora_file_is_told_apart(tmp_path: Path) -> None:
     save_file({"unet.to_q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match=r"load a LoRA with pipe.load_lora_weights"):
+    with pytest.raises(UserError, match=r"`svft-diffusion import` turns a LoRA.* pipe.load_lora_weights loads a LoRA"):
         load_adapter(tiny_pipeline(), tmp_path / "lora.safetensors")
 
 
@@ -452,12 +457,12 @@ def test_a_component_without_targets_leaves_all_as_they_were() -> None:
     assert len(parameters) == len(adapter_state(models, "default"))
 
 
-def test_values_trained_in_16_bit_are_saved_with_the_fingerprint_of_the_full_base(tmp_path: Path) -> None:
+def test_values_trained_in_16_bit_are_saved_with_the_digests_of_the_full_base(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     add_training_adapter(pipe, SVFTConfig(), "dog")
-    full = fingerprint_of_pipeline(pipe, layer_names(adapter_state(pipe, "dog")))
+    full = digests_of_pipeline(pipe, layer_names(adapter_state(pipe, "dog")))
     pipe.to(dtype=torch.bfloat16)
-    metadata = AdapterMetadata(base_name="toy", base_fingerprint=full)
+    metadata = AdapterMetadata(base_name="toy", base_digests=full)
     file = save_adapter(pipe, "dog", tmp_path / "dog.safetensors", metadata=metadata)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         load_adapter(tiny_pipeline().to(dtype=dtype), file)

@@ -13,6 +13,7 @@ from svft_diffusion.adapters.runtime import (
     unload_adapter,
 )
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS
+from svft_diffusion.adapters.tokens import add_tokens, token_parameters
 from svft_diffusion.adapters.training import adapter_state, add_training_adapter, load_adapter_state
 from svft_diffusion.adapters.weights import per_sample_adapters, set_adapters
 
@@ -27,6 +28,7 @@ __all__ = [
     "SpectralConfig",
     "VectorFitConfig",
     "adapter_state",
+    "add_tokens",
     "add_training_adapter",
     "load_adapter",
     "load_adapter_state",
@@ -35,5 +37,6 @@ __all__ = [
     "save_adapter",
     "set_adapters",
     "swap_adapter",
+    "token_parameters",
     "unload_adapter",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.registration import PREFIX
+from svft_diffusion.adapters.token_rows import take_tokens
 from svft_diffusion.errors import UserError
 
 
@@ -39,7 +40,12 @@ def inject(model: nn.Module, config: SpectralConfig, name: str, paths: list[str]
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Remove an adapter; layers without any adapter left become the original modules again."""
+    """Remove an adapter and its learned tokens; layers without any adapter left become the original modules again.
+
+    Raises:
+        UserError: its tokens can't be removed yet; the model is as it was.
+    """
+    take_tokens(model, name)
     for path, module in list(model.named_modules()):
         if not isinstance(module, SpectralLayer):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from svft_diffusion.adapters.fitting import (
     difference_of_base,
     in_16_bit,
     judge_update,
+    listed_fields,
     paths_by_component,
 )
 from svft_diffusion.adapters.injection import adapters_of, inject, refuse_fused, remove, spectral_layers
@@ -38,18 +39,35 @@ from svft_diffusion.adapters.joining import joining
 from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.names import usable_adapter_name
 from svft_diffusion.adapters.targets import PRESETS
+from svft_diffusion.adapters.token_rows import check_last
+from svft_diffusion.adapters.tokens import (
+    bringing_tokens,
+    check_same_tokens,
+    check_tokens,
+    copy_token_rows,
+    token_parameters,
+    tokens_in,
+    tokens_of,
+    without_tokens,
+)
 from svft_diffusion.adapters.training import adapted_layers, adapter_state, copy_tensors, live_tensors
 from svft_diffusion.adapters.tuner import preset_layers
 from svft_diffusion.adapters.weights import check_loaded
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.adapter_file import read_adapter, write_adapter
-from svft_diffusion.files.fingerprint import fingerprint_of_pipeline
-from svft_diffusion.files.header import AdapterHeader, AdapterMetadata, BaseModel, library_versions
+from svft_diffusion.files.adapter_file import read_adapter, stored_tensor, write_adapter
+from svft_diffusion.files.fingerprint import digests_of_pipeline
+from svft_diffusion.files.header import VALUE_DTYPES, AdapterHeader, AdapterMetadata, BaseModel, library_versions
+from svft_diffusion.files.model_spec import base_version
 from svft_diffusion.files.names import components_of
 from svft_diffusion.files.tensor_names import SKETCH, layer_names
 
 # Fields of a header that, beside `LAYOUT_FIELDS`, make a configuration.
 _HISTORY_FIELDS = ("seed", "targets")
+# Fields that a header takes from what the maker says.
+_MAKERS_FIELDS = (
+    "value_dtype", "trigger", "class_word", "instance_prompt", "class_prompt", "title", "description",
+    "suggested_strength", "strength_range", "training", "thumbnail",
+)  # fmt: skip
 
 
 def load_adapter(
@@ -65,7 +83,7 @@ def load_adapter(
     the sketch in the file, and then it is measured by how much the adapter's update differs from the trained one,
     relative to its size. ``on_mismatch`` says what to do when the base or the update is not the same:
 
-    * ``error``: refuse other base weights (by their fingerprint), and an update that is off by more than 0.1 %.
+    * ``error``: refuse other base weights (by the digest of each), and an update that is off by more than 0.1 %.
       Where the base is in 16 bit, or that of the training was, rounding alone can exceed that; the base is the
       right one, so the adapter is loaded and the measured error logged as a warning.
     * ``align``: accept slightly other weights too, such as a fine-tuned copy; the measured error is logged as a
@@ -74,8 +92,11 @@ def load_adapter(
       Both refuse what leaves nothing of the update: an error of 100 % or more.
     * ``force``: load the values as they are, without alignment, with a warning on all that differs.
 
+    Learned tokens in the file join the pipeline's tokenizers until the adapter is unloaded. They have no strength: a
+    prompt with the token gets its embedding even at weight 0, and prompts without it are encoded as before.
+
     Args:
-        pipe: a diffusers pipeline, or a mapping of component names to models.
+        pipe: a diffusers pipeline, or a mapping of component names to models (and tokenizers, for learned tokens).
         file: the adapter's ``.safetensors`` file.
         name: what to call it; the file's name, made fit for a parameter, when left out.
         on_mismatch: see above.
@@ -92,14 +113,20 @@ def load_adapter(
     components = components_of(pipe)
     name = usable_adapter_name(file.stem) if name is None else name
     check_free(components, name)
+    tokens, tensors = tokens_in(header.tokens, tensors), without_tokens(tensors)
+    if not tensors:
+        raise UserError(
+            f"{file} holds learned tokens alone, and adapts no layer; pipe.load_textual_inversion is for such"
+        )
+    check_tokens(pipe, name, tokens)
     paths = paths_by_component(file, components, layer_names(tensors))
-    configs = {component: _config_of(header, by_path) for component, by_path in paths.items()}
+    configs = {component: _config_of(header, by_path, tensors) for component, by_path in paths.items()}
     for component, by_path in paths.items():
         refuse_fused(components[component], f"load {file.name}")
         check_fit(file, component, components[component], configs[component], by_path, tensors)
     difference = difference_of_base(pipe, file, header, tensors, on_mismatch)
     models = {component: components[component] for component in paths}
-    with joining(models, name):
+    with bringing_tokens(pipe, name, tokens), joining(models, name):
         for component, by_path in paths.items():
             inject(models[component], configs[component], name, list(by_path))
         _fill(layers_by_name(models, name), name, file, tensors, on_mismatch, difference)
@@ -112,8 +139,8 @@ def swap_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, on_mi
     No tensor is replaced, so a compiled pipeline is not compiled again. The file is checked as by `load_adapter`.
 
     Raises:
-        UserError: no such adapter, it is fused, or the file is of another layout (method, pattern, layers, ...) or
-            does not fit the base; the adapter is as it was.
+        UserError: no such adapter, it is fused, or the file is of another layout (method, pattern, layers, ...), has
+            other learned tokens, or does not fit the base; the adapter is as it was.
     """
     file = Path(file)
     check_choice(on_mismatch)
@@ -124,11 +151,13 @@ def swap_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, on_mi
         refuse_fused(model, f"swap {name!r}")
     for model in models.values():
         check_layout(file, header, _config_in(model, name), name)
+    check_same_tokens(pipe, name, file.name, header.tokens, tensors)
     difference = difference_of_base(pipe, file, header, tensors, on_mismatch)
     before = {key: tensor.detach().clone() for key, tensor in live_tensors(layers, name).items()}
     sketches = {canonical: layer.sketch(name) for canonical, layer in layers.items()}
     try:
-        _fill(layers, name, file, tensors, on_mismatch, difference)
+        _fill(layers, name, file, without_tokens(tensors), on_mismatch, difference)
+        copy_token_rows(pipe, name, tensors)
     except BaseException:
         copy_tensors(layers, name, before)  # the positions, which the alignment goes by
         for canonical, layer in layers.items():
@@ -141,17 +170,21 @@ def swap_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, on_mi
 
 
 def unload_adapter(pipe: object, name: str) -> None:
-    """Remove an adapter. When no other is left, the original layers are back: base names, base output, bit for bit.
+    """Remove an adapter and its tokens. When no other is left, the original layers are back: base names, base output,
+    bit for bit.
 
     Raises:
-        UserError: no such adapter, or it is fused.
+        UserError: no such adapter, it is fused, or ``pipe.load_textual_inversion`` added tokens after those it has.
     """
     components = components_of(pipe)
-    check_loaded(components, [name])
+    tokens = tokens_of(pipe, name)
+    if not tokens:
+        check_loaded(components, [name])
     for model in components.values():
         refuse_fused(model, f"unload {name!r}")
-    for model in components.values():
-        if name in adapters_of(model):
+        check_last(model, name)
+    for component, model in components.items():
+        if name in adapters_of(model) or component in tokens:
             remove(model, name)
 
 
@@ -164,31 +197,18 @@ def save_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, metad
         UserError: no such adapter, it is fused, its values are not finite, or the file can't be written.
     """
     components = components_of(pipe)
-    state = adapter_state(pipe, name)
+    if metadata.value_dtype not in VALUE_DTYPES:
+        raise UserError(f"values can be stored as {', '.join(VALUE_DTYPES)}, not as {metadata.value_dtype!r}")
+    state = {key: stored_tensor(key, tensor, metadata.value_dtype) for key, tensor in adapter_state(pipe, name).items()}
     for model in components.values():
         refuse_fused(model, f"save {name!r}")
     used = {component: model for component, model in components.items() if name in adapters_of(model)}
-    sketch = sketch_of_bases(adapted_layers(used, name), name)
+    sketch = sketch_of_bases(adapted_layers(used, name), name, state)
     if sketch is not None:
         state[SKETCH] = sketch
-    config = _config_in(next(iter(used.values())), name)
-    options = {field: getattr(config, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
-    header = AdapterHeader(
-        **{**options, "targets": _targets_label(used, name, config)},
-        components={component: len(spectral_layers(model, name)) for component, model in used.items()},
-        base=BaseModel(
-            name=metadata.base_name,
-            family=metadata.base_family,
-            fingerprint=metadata.base_fingerprint or fingerprint_of_pipeline(pipe, layer_names(state)),
-        ),
-        trigger=metadata.trigger,
-        instance_prompt=metadata.instance_prompt,
-        class_prompt=metadata.class_prompt,
-        suggested_strength=metadata.suggested_strength,
-        training=metadata.training,
-        libraries=library_versions(),
-    )
-    return write_adapter(Path(file), header, state)
+    for key, rows in token_parameters(pipe, name).items():
+        state[key] = stored_tensor(key, rows, metadata.value_dtype)
+    return write_adapter(Path(file), _header_for(pipe, used, name, layer_names(state), metadata), state)
 
 
 def loaded_adapters(pipe: object) -> list[str]:
@@ -214,8 +234,35 @@ def _fill(
     judge_update(file, error, on_mismatch, difference, in_16_bit(layers.values()))
 
 
-def _config_of(header: AdapterHeader, paths: Iterable[str]) -> SpectralConfig:
+def _header_for(
+    pipe: object, used: Mapping[str, nn.Module], name: str, layers: Sequence[str], metadata: AdapterMetadata
+) -> AdapterHeader:
+    """The header of adapter ``name``, which the models ``used`` carry in the layers with these canonical names."""
+    config = _config_in(next(iter(used.values())), name)
+    options = {field: getattr(config, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
+    architecture = metadata.base_architecture
+    if architecture is None:
+        version = base_version(pipe)
+        architecture = "" if version is None else version.architecture
+    base = BaseModel(
+        name=metadata.base_name,
+        family=metadata.base_family,
+        architecture=architecture,
+        digests=metadata.base_digests or digests_of_pipeline(pipe, layers),
+    )
+    said = {field: getattr(metadata, field) for field in _MAKERS_FIELDS}
+    return AdapterHeader(
+        **{**options, **said, "targets": _targets_label(used, name, config)},
+        components={component: len(spectral_layers(model, name)) for component, model in used.items()},
+        tokens=tokens_of(pipe, name),
+        base=base,
+        libraries=library_versions(),
+    )
+
+
+def _config_of(header: AdapterHeader, paths: Mapping[str, str], tensors: Mapping[str, Tensor]) -> SpectralConfig:
     options: dict[str, Any] = {field: getattr(header, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
+    options |= listed_fields(header.pattern, paths, tensors)
     # PEFT shortens a list of paths to their ends, in an order that changes from run to run, and may match more.
     exact_paths = "|".join(re.escape(path) for path in paths)
     return SpectralConfig(**options, target_modules=exact_paths, inference_mode=True)
