@@ -1,21 +1,26 @@
-"""The model card beside an adapter."""
+"""The model card beside an adapter, ``README.md``, as the Hugging Face Hub reads it."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCardData
 
-from svft_diffusion.models import base_display_name
+from svft_diffusion.files import AdapterHeader
+from svft_diffusion.files.training_folder import ADAPTER_FILE
+from svft_diffusion.inspection.card import method_in_words
+from svft_diffusion.inspection.facts import AdapterFacts, facts_of_adapter
+from svft_diffusion.markdown import code_block, plain, table
+from svft_diffusion.models import EMBEDDED_MODEL, base_display_name, hub_name
 from svft_diffusion.settings import config_to_mapping
-from svft_diffusion.training.checkpoints import ADAPTER_FILE
 from svft_diffusion.training.config import TrainingConfig
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.yaml"
-_EXAMPLE_FILE = "example.png"
 
 # Said in the card; the rest is in config.yaml.
 _SHOWN_SETTINGS = (
@@ -42,46 +47,152 @@ def write_config(config: TrainingConfig) -> Path:
     return path
 
 
-def write_card(config: TrainingConfig, trained_values: int, samples: list[Path]) -> Path:
-    """Write ``README.md``: what the adapter is, an example picture, how to load it, how it was made."""
-    base = base_display_name(config.pretrained_model_name_or_path)
-    front_matter: dict[str, object] = {
-        "base_model": base,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "instance_prompt": config.instance_prompt,
-        "tags": ["text-to-image", "diffusers", "dreambooth", "svft-diffusion", config.method],
-    }
-    if samples:
-        shutil.copyfile(samples[0], config.output_dir / _EXAMPLE_FILE)
-        front_matter["widget"] = [{"text": config.validation_prompt, "output": {"url": _EXAMPLE_FILE}}]
+def write_card(config: TrainingConfig, samples: Sequence[Path]) -> Path:
+    """Write ``README.md`` beside the adapter: what it is, ``samples`` of it, how to load it, how it was made."""
+    facts = facts_of_adapter((config.output_dir / ADAPTER_FILE).read_bytes(), ADAPTER_FILE)
+    pictures = [sample.relative_to(config.output_dir).as_posix() for sample in samples]
     path = config.output_dir / CARD_FILE
-    header = yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True)
-    _write(path, f"---\n{header}---\n\n{_body(config, base, trained_values, bool(samples))}")
+    text = f"---\n{_front_matter(config, pictures)}\n---\n\n{_body(config, facts, pictures)}"
+    # A lone surrogate, as the arguments of a command may hold, can't be written.
+    _write(path, text.encode("utf-8", "replace").decode("utf-8"))
     return path
 
 
-def _body(config: TrainingConfig, base: str, trained_values: int, has_example: bool) -> str:
-    size = (config.output_dir / ADAPTER_FILE).stat().st_size
+def _front_matter(config: TrainingConfig, pictures: Sequence[str]) -> str:
+    base = hub_name(config.pretrained_model_name_or_path)
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else "adapter",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=config.instance_prompt,
+        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", "svft-diffusion", config.method],
+        widget=[{"text": config.validation_prompt, "output": {"url": picture}} for picture in pictures] or None,
+    )
+    return data.to_yaml()
+
+
+def _body(config: TrainingConfig, facts: AdapterFacts, pictures: Sequence[str]) -> str:
+    header = facts.header
+    alternative = plain(config.validation_prompt or "")
     settings = config_to_mapping(config)
-    rows = [f"| `{name}` | {settings[name]} |" for name in _SHOWN_SETTINGS if settings[name] is not None]
     parts = [
-        f"# {config.instance_prompt}",
-        f"An adapter for {base} in the singular-value space of its weights ({config.method}, {config.pattern}): "
-        f"{trained_values:,} trained values, {size / 1000:,.0f} kB.",
-        f"Subject prompt: `{config.instance_prompt}`",
-        f"![{config.validation_prompt}]({_EXAMPLE_FILE})" if has_example else "",
-        "## Use",
-        f"```shell\nsvft-diffusion sample --pretrained_model_name_or_path {base} --adapter {ADAPTER_FILE} "
-        f'--prompt "{config.instance_prompt}"\n```',
-        "```python\nfrom svft_diffusion import load_adapter\nfrom svft_diffusion.models import load_pipeline\n\n"
-        f'pipe = load_pipeline("{base}")\nload_adapter(pipe, "{ADAPTER_FILE}")\n'
-        f'image = pipe("{config.instance_prompt}").images[0]\n```',
-        "## Settings",
-        "| setting | value |\n| --- | --- |\n" + "\n".join(rows),
-        "The people and things in the training photos may not be yours to draw: ask before you share.",
+        f"# {plain(header.title or header.instance_prompt or ADAPTER_FILE)}",
+        "\n".join(f"![{alternative}]({picture})" for picture in pictures),
+        f"An adapter for {_base_in_words(config)} in the singular-value space of its weights.",
+        table(["", ""], ((title, plain(text)) for title, text in _facts(facts).items() if text)),
+        "## Use with svft-diffusion",
+        *_with_this_package(config),
+        "## Use with diffusers alone",
+        *_with_diffusers_alone(config, header),
+        "## Training",
+        table(
+            ["setting", "value"],
+            ([f"`{name}`", plain(str(settings[name]))] for name in _SHOWN_SETTINGS if settings[name] is not None),
+        ),
+        "## Terms",
+        "No licence is stated here; the base model's terms hold too. The people and things in the training photos may "
+        "not be yours to draw: ask before you share.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(facts: AdapterFacts) -> dict[str, str | None]:
+    header = facts.header
+    low, high = header.strength_range
+    layers = " and ".join(f"{count} layers of {component}" for component, count in header.components.items())
+    return {
+        "prompt": header.instance_prompt,
+        "trigger": header.trigger,
+        "class word": header.class_word,
+        "strength": f"{header.suggested_strength:g} suggested, from {low:g} to {high:g}; 0 is the base model",
+        "method": method_in_words(header),
+        "trained": f"{sum(facts.trained.values()):,} numbers in {layers}, stored as {header.value_dtype}",
+        "size": f"{facts.sizes.file / 1000:,.1f} kB",
+        "base model": f"{header.base.name} ({header.base.architecture or header.base.family}), of which the adapted "
+        f"weights have the fingerprint {header.base.short_fingerprint}",
+    }
+
+
+def _with_this_package(config: TrainingConfig) -> list[str]:
+    base, prompt = _base_argument(config), config.instance_prompt or ""
+    command = f"svft-diffusion sample --pretrained_model_name_or_path={shlex.quote(base)} {_version_flags(config)}"
+    return [
+        code_block("shell", f"{command}--adapter={ADAPTER_FILE} --prompt={shlex.quote(prompt)}"),
+        code_block(
+            "python",
+            "from svft_diffusion import load_adapter\nfrom svft_diffusion.models import load_pipeline\n\n"
+            f"pipe = load_pipeline({base!r}{_version_arguments(config)})\n"
+            f"load_adapter(pipe, {ADAPTER_FILE!r})\n"
+            f"image = pipe({prompt!r}).images[0]",
+        ),
+    ]
+
+
+def _with_diffusers_alone(config: TrainingConfig, header: AdapterHeader) -> list[str]:
+    """How to turn the adapter into what needs diffusers alone: a LoRA, or the whole model."""
+    base, prompt = _base_argument(config), config.instance_prompt or ""
+    options = f"{ADAPTER_FILE} --base={shlex.quote(base)} {_version_flags(config)}"
+    parts = []
+    if config.pretrained_model_name_or_path != EMBEDDED_MODEL:  # diffusers knows no model of that name
+        lost = " Biases and norms that the adapter trains are not in it." if _trains_more_than_weights(header) else ""
+        parts += [
+            "Written as a LoRA, once. One of a low rank comes close, by the error that the command prints; with "
+            f"`--rank=full` it is exact, and large.{lost}",
+            code_block("shell", f"svft-diffusion export {options}-o lora.safetensors"),
+            code_block(
+                "python",
+                "from diffusers import DiffusionPipeline\n\n"
+                f"pipe = DiffusionPipeline.from_pretrained({base!r}{_version_arguments(config)})\n"
+                'pipe.load_lora_weights(".", weight_name="lora.safetensors")\n'
+                f"image = pipe({prompt!r}).images[0]",
+            ),
+        ]
+    return [
+        *parts,
+        "Or written into a copy of the base model, once:",
+        code_block("shell", f"svft-diffusion merge {options}-o merged-model"),
+        code_block(
+            "python",
+            "from diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("merged-model")\n'
+            f"image = pipe({prompt!r}).images[0]",
+        ),
+    ]
+
+
+def _trains_more_than_weights(header: AdapterHeader) -> bool:
+    norms = header.targets == "all" if header.train_norm is None else header.train_norm
+    return header.train_bias or norms
+
+
+def _base_argument(config: TrainingConfig) -> str:
+    """The base as the commands take it."""
+    if config.pretrained_model_name_or_path == EMBEDDED_MODEL:
+        return EMBEDDED_MODEL
+    return (
+        hub_name(config.pretrained_model_name_or_path)
+        or f"path/to/{base_display_name(config.pretrained_model_name_or_path)}"
+    )
+
+
+def _base_in_words(config: TrainingConfig) -> str:
+    if config.pretrained_model_name_or_path == EMBEDDED_MODEL:
+        return f"{EMBEDDED_MODEL}, the model inside svft-diffusion,"
+    name = hub_name(config.pretrained_model_name_or_path)
+    if name is not None:
+        return f"[{plain(name)}](https://huggingface.co/{name})"
+    return f"{plain(base_display_name(config.pretrained_model_name_or_path))}, a model that lay in a local folder,"
+
+
+def _version_flags(config: TrainingConfig) -> str:
+    given = {"revision": config.revision, "variant": config.variant}
+    return "".join(f"--{name}={shlex.quote(value)} " for name, value in given.items() if value is not None)
+
+
+def _version_arguments(config: TrainingConfig) -> str:
+    given = {"revision": config.revision, "variant": config.variant}
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
 
 
 def _write(path: Path, text: str) -> None:

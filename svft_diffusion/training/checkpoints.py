@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.files.training_folder import ADAPTER_FILE
 
-ADAPTER_FILE = "adapter.safetensors"
 _TENSORS_FILE = "training_state.safetensors"
 _STATE_FILE = "training_state.json"
 _MANIFEST_FILE = "manifest.json"

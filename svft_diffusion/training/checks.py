@@ -13,12 +13,14 @@ from svft_diffusion.data.dataset import Picture, pictures_with_prompts
 from svft_diffusion.data.photos import scan_photos
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors.location import parse_size
+from svft_diffusion.files.training_folder import ADAPTER_FILE
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models import resolve_base
 from svft_diffusion.settings import settings_of
 from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
-from svft_diffusion.training.checkpoints import ADAPTER_FILE, checkpoint_named, existing_checkpoints
+from svft_diffusion.training.checkpoints import checkpoint_named, existing_checkpoints
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.hub import check_upload
 from svft_diffusion.training.metrics import METRICS_FILE
 
 _AT_LEAST_ONE = (
@@ -86,6 +88,7 @@ def check_settings(config: TrainingConfig) -> None:
         parse_size(config.factor_cache_size, "--factor_cache_size")
     _check_prior(config)
     _check_packages(config)
+    check_upload(config)
     if config.push_to_hub and config.report_to == "wandb" and config.hub_token is not None:
         raise UserError("--hub_token would be sent to wandb with the settings; run `hf auth login` instead")
 

@@ -11,6 +11,7 @@ from svft_diffusion.adapters.freezing import FreezingSettings
 from svft_diffusion.adapters.methods import DEFAULT_FRACTION, INITS, METHODS, SELECTIONS
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS
 from svft_diffusion.data.dataset import INTERPOLATIONS
+from svft_diffusion.files.header import VALUE_DTYPES
 from svft_diffusion.models import EMBEDDED_MODEL
 from svft_diffusion.settings import setting
 
@@ -201,14 +202,31 @@ class TrainingConfig:
     max_grad_norm: float = setting(1.0, "largest gradient norm", group=_OPTIMIZER)
 
     output_dir: Path = setting(Path("outputs/adapter"), "where everything is written", group=_OUTPUT)
+    adapter_dtype: str = setting(
+        "float32",
+        "how adapter.safetensors stores what was trained; float16 halves it (checkpoints are always float32)",
+        group=_OUTPUT,
+        choices=VALUE_DTYPES,
+    )
+    thumbnail: bool = setting(
+        True,
+        "with --validation_prompt: put the first sample of the end, small, into the adapter file, where other tools "
+        "look for a picture",
+        group=_OUTPUT,
+    )
     checkpointing_steps: int = setting(500, "a checkpoint every so many steps", group=_OUTPUT)
     checkpoints_total_limit: int | None = setting(None, "keep the newest so many checkpoints", group=_OUTPUT)
     resume_from_checkpoint: str | None = setting(
         None, "go on from a checkpoint of --output_dir: 'latest' or its name, such as checkpoint-500", group=_OUTPUT
     )
-    push_to_hub: bool = setting(False, "upload adapter, card and samples to the Hugging Face Hub", group=_OUTPUT)
+    push_to_hub: bool = setting(
+        False, "upload adapter, card, samples and metrics to the Hugging Face Hub at the end", group=_OUTPUT
+    )
     hub_model_id: str | None = setting(
         None, "repository to upload to (default: the output folder's name)", group=_OUTPUT
+    )
+    hub_private_repo: bool = setting(
+        True, "a repository that is not there yet becomes a private one, which you can publish later", group=_OUTPUT
     )
     hub_token: str | None = setting(None, "token for the upload (default: that of `hf auth login`)", group=_OUTPUT)
 

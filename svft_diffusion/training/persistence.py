@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from svft_diffusion.adapters import load_adapter_state, save_adapter
 from svft_diffusion.errors import UserError
-from svft_diffusion.files import AdapterMetadata, check_base, fingerprint_of_pipeline, layer_names, read_adapter
+from svft_diffusion.files import AdapterMetadata, check_base, layer_names, matches_of_pipeline, read_adapter
+from svft_diffusion.files.model_spec import base_version
+from svft_diffusion.files.training_folder import ADAPTER_FILE
 from svft_diffusion.models import base_display_name
 from svft_diffusion.training.card import saved_settings
-from svft_diffusion.training.checkpoints import ADAPTER_FILE, load_checkpoint_state, save_checkpoint, step_of
+from svft_diffusion.training.checkpoints import load_checkpoint_state, save_checkpoint, step_of
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.setup import ADAPTER_NAME, Run
+from svft_diffusion.training.subject_words import subject_words
+from svft_diffusion.training.thumbnail import jpeg_thumbnail
 
 # What an adapter file says of its making: settings that change its values, and nothing of folders or clocks.
 _SETTINGS_IN_FILE = (
@@ -30,27 +36,41 @@ _SETTINGS_OF_CHECKPOINT = (
 )  # fmt: skip
 
 
-def save_result(run: Run, path: Path) -> None:
-    """Write the adapter as it is now. Raises `UserError` if its values are not finite."""
-    config = run.config
-    settings = saved_settings(config)
-    metadata = AdapterMetadata(
-        base_name=base_display_name(config.pretrained_model_name_or_path),
-        base_family=run.family.name,
-        trigger=_trigger(config),
-        instance_prompt=config.instance_prompt,
-        class_prompt=config.class_prompt,
-        training={name: settings[name] for name in _SETTINGS_IN_FILE if name in settings},
-    )
+def save_result(run: Run, path: Path, samples: Sequence[Path] = ()) -> None:
+    """Write the adapter as it is now, stored as the settings say, with the first of ``samples`` as its thumbnail.
+
+    Raises:
+        UserError: its values are not finite, or one is too large for float16.
+    """
+    picture = jpeg_thumbnail(samples[0]) if samples and run.config.thumbnail else None
+    metadata = replace(_metadata(run), value_dtype=run.config.adapter_dtype, thumbnail=picture)
     save_adapter(run.models, ADAPTER_NAME, path, metadata=metadata)
 
 
-def _trigger(config: TrainingConfig) -> str | None:
-    """The words that the prompt of the photos has and the prompt of the class has not."""
-    if config.class_prompt is None or config.instance_prompt is None:
-        return None
-    class_words = config.class_prompt.split()
-    return " ".join(word for word in config.instance_prompt.split() if word not in class_words) or None
+def _metadata(run: Run) -> AdapterMetadata:
+    """What the settings say of the adapter. It was trained at strength 1, and 0 is the base: no more is known."""
+    version = base_version(run.family.pipeline)
+    return replace(
+        described(run.config),
+        base_family=run.family.name,
+        base_architecture="" if version is None else version.architecture,
+        base_digests=run.base_digests,
+    )
+
+
+def described(config: TrainingConfig) -> AdapterMetadata:
+    """What the settings alone say of an adapter."""
+    trigger, class_word = subject_words(config.instance_prompt, config.class_prompt)
+    settings = saved_settings(config)
+    return AdapterMetadata(
+        base_name=base_display_name(config.pretrained_model_name_or_path),
+        trigger=trigger,
+        class_word=class_word,
+        instance_prompt=config.instance_prompt,
+        class_prompt=config.class_prompt,
+        title=" ".join(part for part in (trigger, class_word) if part) or None,
+        training={name: settings[name] for name in _SETTINGS_IN_FILE if name in settings},
+    )
 
 
 def save_run(run: Run, step: int) -> None:
@@ -64,9 +84,12 @@ def save_run(run: Run, step: int) -> None:
             "freezing": run.freezing.state_dict() if run.freezing is not None else None,
             "gradient_scaler": scaler.state_dict() if scaler is not None else None,
         }
-        save_checkpoint(
-            run.config.output_dir, step, lambda path: save_result(run, path), state, run.config.checkpoints_total_limit
-        )
+
+        def write_adapter(path: Path) -> None:
+            # As float32, whatever the settings say: going on from it loses nothing.
+            save_adapter(run.models, ADAPTER_NAME, path, metadata=_metadata(run))
+
+        save_checkpoint(run.config.output_dir, step, write_adapter, state, run.config.checkpoints_total_limit)
     run.accelerator.wait_for_everyone()
 
 
@@ -87,8 +110,8 @@ def resume(run: Run, checkpoint: Path) -> int:
     if step > run.total_steps:
         raise UserError(f"{checkpoint.name} is past --max_train_steps {run.total_steps}; ask for more steps")
     header, tensors = read_adapter(checkpoint / ADAPTER_FILE)
-    fingerprint = fingerprint_of_pipeline(run.models, layer_names(tensors))
-    check_base(header, fingerprint, base_display_name(run.config.pretrained_model_name_or_path))
+    matches = matches_of_pipeline(run.models, layer_names(tensors), header.base.digests)
+    check_base(header, matches, base_display_name(run.config.pretrained_model_name_or_path))
     load_adapter_state(run.models, ADAPTER_NAME, tensors)
     run.optimizer.load_state_dict(state["optimizer"])
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from svft_diffusion.adapters.tuner import layer_options, preset_layers
 from svft_diffusion.data.class_images import ClassImageRecipe, class_pictures
 from svft_diffusion.data.dataset import Picture, ShuffledOrder, SquareCrop, distinct_prompts
 from svft_diffusion.errors import UserError
-from svft_diffusion.files import fingerprint_of_pipeline
+from svft_diffusion.files import BaseDigests, digests_of_pipeline, fingerprint_of_pipeline
 from svft_diffusion.files.names import canonical_name, components_of
 from svft_diffusion.files.tensor_names import layer_names, split_tensor_name
 from svft_diffusion.models import ModelFamily, base_display_name, default_resolution, family_of, load_pipeline
@@ -63,6 +64,11 @@ class Run:
     @property
     def adapted_layers(self) -> int:
         return len(layer_names(self.parameters))
+
+    @cached_property
+    def base_digests(self) -> BaseDigests:
+        """Of the adapted weights: frozen, so that once is enough for every file that the run writes."""
+        return digests_of_pipeline(self.models, layer_names(self.parameters))
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """The batches of the optimizer steps after ``first_step``, ``gradient_accumulation_steps`` for each.

@@ -14,9 +14,9 @@ from accelerate.utils import tqdm  # shows a bar in the first process only
 from svft_diffusion.data.dataset import keyed_generator
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import use_cache
+from svft_diffusion.files.training_folder import ADAPTER_FILE
 from svft_diffusion.training.batches import Batch
 from svft_diffusion.training.card import write_card, write_config
-from svft_diffusion.training.checkpoints import ADAPTER_FILE
 from svft_diffusion.training.checks import Inputs, check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.hub import push_to_hub
@@ -94,10 +94,10 @@ def _train(run: Run, inputs: Inputs, started: float, on_step: Callable[[StepRepo
     last_loss = _run_steps(run, first_step, on_step)
     samples = draw_samples(run, run.total_steps)
     if accelerator.is_main_process:
-        save_result(run, config.output_dir / ADAPTER_FILE)
-        write_card(config, run.trained_values, samples)
+        save_result(run, config.output_dir / ADAPTER_FILE, samples)
+        write_card(config, samples)
         if config.push_to_hub:
-            accelerator.print(f"uploaded to {push_to_hub(config)}")
+            accelerator.print(f"uploaded to {push_to_hub(config, samples)}")
     accelerator.wait_for_everyone()
     return TrainingResult(
         output_dir=config.output_dir,
