@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-slow lint subjects app clean
+.PHONY: help setup demo test test-slow test-fuzz lint subjects app clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -29,6 +29,9 @@ test: setup lint  ## ruff, mypy and the fast tests
 
 test-slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-fuzz: setup  ## every damaged and hostile adapter file that the tests can make
+	$(BIN)/python -m pytest tests/test_file_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .
