@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import socket
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from PIL import Image
 gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 
-from svft_diffusion.app.cards import EMPTY_SLOTS, MOST_ADAPTERS, card_updates, replaced, with_adapter  # noqa: E402
+from svft_diffusion.adapters.fitting import OnMismatch  # noqa: E402
+from svft_diffusion.app.cards import EMPTY_SLOTS, MOST_ADAPTERS, Slots, card_updates, replaced, with_adapter  # noqa: E402
 from svft_diffusion.app.config import AppConfig  # noqa: E402
+from svft_diffusion.app.handlers import Handlers  # noqa: E402
 from svft_diffusion.app.launch import build_app, launch  # noqa: E402
 from svft_diffusion.app.library import adapters_in  # noqa: E402
-from svft_diffusion.app.studio import Studio  # noqa: E402
+from svft_diffusion.app.studio import PictureRequest, Studio  # noqa: E402
 from svft_diffusion.cli.main import run_command  # noqa: E402
 from svft_diffusion.errors import UserError  # noqa: E402
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, check_adapter  # noqa: E402
@@ -148,7 +151,7 @@ def test_errors_name_the_cause_and_leave_the_visitor_where_he_was(app: RunningAp
     picture = [gradio_client.handle_file(next(app.config.output_dir.glob("*.png")))]
     calls: list[tuple[list[Any], str, str]] = [
         ([foreign], "/upload_adapters", "was trained on the base"),
-        ([picture], "/upload_adapters", "Invalid file type"),
+        ([picture], "/upload_adapters", "carries no adapter"),
         ([str(app.models.base) + "-nowhere"], "/load_base", "no such base model folder"),
         ([" ", "", 0, 1, STEPS, 4.0, *[1.0] * MOST_ADAPTERS], "/generate", "prompt"),
         (["a dog", "", -1, 1, STEPS, 4.0, *[1.0] * MOST_ADAPTERS], "/generate", "less than minimum"),
@@ -258,3 +261,30 @@ def test_bad_start_is_one_line(app: RunningApp, tmp_path: Path, capsys: pytest.C
         assert run_command("app", [*base, *arguments]) == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("error: ") and reason in last
+
+
+@pytest.mark.parametrize("on_mismatch", ["error", "align", "force"])
+def test_adapters_of_another_base_come_in_when_told(tmp_path: Path, on_mismatch: OnMismatch) -> None:
+    models = write_models(tmp_path)
+    studio = Studio(tmp_path / "pictures", device=torch.device("cpu"), on_mismatch=on_mismatch)
+    handlers = Handlers(studio, tmp_path)
+    if on_mismatch == "error":
+        with pytest.raises(UserError, match="was trained on the base"):
+            handlers.with_file(EMPTY_SLOTS, models.foreign, str(models.base), "foreign")
+        return
+    slots = handlers.with_file(EMPTY_SLOTS, models.foreign, str(models.base), "foreign")
+    request = PictureRequest(str(models.base), "a dog", ((present(slots), 1.0),), num_inference_steps=1)
+    if on_mismatch == "align":  # nothing is left of it on an unrelated base
+        with pytest.raises(UserError, match="nothing is left"):
+            studio.generate_pictures(request)
+        return
+    (forced,) = studio.generate_pictures(request)
+    (base,) = studio.generate_pictures(dataclasses.replace(request, adapters=()))
+    with Image.open(forced.path) as changed, Image.open(base.path) as unchanged:
+        assert changed.tobytes() != unchanged.tobytes()
+
+
+def present(slots: Slots) -> CheckedAdapter:
+    """The adapter in the first slot."""
+    assert slots[0] is not None
+    return slots[0]

@@ -77,6 +77,8 @@ def test_adapter_argument_refused(text: str, reason: str) -> None:
 
 def test_adapter_argument_takes_folders_and_colons_in_names(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
+    assert parse_adapter_choice(str(tmp_path / "dog")) == AdapterChoice(tmp_path / "dog")  # reading it says what is in
+    (tmp_path / "dog" / "adapter.safetensors").touch()
     assert parse_adapter_choice(f"{tmp_path / 'dog'}:0.5") == AdapterChoice(
         tmp_path / "dog" / "adapter.safetensors", 0.5
     )
@@ -294,7 +296,7 @@ def test_bad_input_is_refused_before_the_model_loads(
         ({"adapter": [str(models.dog)], "weights": [float("nan")]}, "finite"),
         ({"adapter": [str(models.dog)], "weights": [0.5, 0.50000001]}, "too close"),
         ({"adapter": ["missing.safetensors"]}, "missing.safetensors"),
-        ({"adapter": [str(text)]}, "not a safetensors file"),
+        ({"adapter": [str(text)]}, "no safetensors file"),
         ({"adapter": [str(models.foreign)]}, "was trained on the base"),
         ({"device": "gpu"}, "device"),
         ({"output_dir": blocked}, "can't write"),
