@@ -57,6 +57,7 @@ def bars(results: Iterable[Result]) -> list[Bar]:
     """The bars on blending and merging."""
     return [
         Bar("blending", _REBUILD, _blend_of(4), 1.1, _blend_of(1)),
+        Bar("blending", _REBUILD, _blend_of(8), 1.1, _blend_of(1)),
         Bar("blending", _CHANGE, "ours", 0.5, _LORA),
         Bar("blending", _MERGED, "merged", 1.02, "base", at_least=0.98),
         Bar("blending", _MERGED, "merged", 1e-5, quantity=_DIFFERENCE),

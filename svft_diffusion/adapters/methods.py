@@ -6,8 +6,10 @@ A new method is a module in `svft_diffusion.spectral` with its formulas, a class
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -147,7 +149,9 @@ class SVDiff(LeadingTriplets):
 
     def core(self, sigma: Tensor, triplets: Triplets, terms: Sequence[Term]) -> Core:
         deltas = [
-            _placed(diagonal_core(term.parts["values"]), term.triplets, triplets, len(sigma)).entries[:, 0]
+            term.parts["values"]
+            if _same_triplets(term.triplets, triplets)
+            else _placed(diagonal_core(term.parts["values"]), term.triplets, triplets, len(sigma)).entries[:, 0]
             for term in terms
         ]
         return diagonal_core(spectral_shift(sigma[triplets], deltas, [term.strength for term in terms]))
@@ -161,10 +165,13 @@ class VectorFit(LeadingTriplets):
     inits = ("zero", "random")
 
     def core(self, sigma: Tensor, triplets: Triplets, terms: Sequence[Term]) -> Core:
+        shifts = [term.strength * term.parts["values"] for term in terms]
+        if all(_same_triplets(term.triplets, triplets) for term in terms):  # the usual case, and the quick one
+            return diagonal_core(reduce(operator.add, shifts))
         return sum_of_cores(
             [
-                _placed(diagonal_core(term.strength * term.parts["values"]), term.triplets, triplets, len(sigma))
-                for term in terms
+                _placed(diagonal_core(shift), term.triplets, triplets, len(sigma))
+                for shift, term in zip(shifts, terms, strict=True)
             ]
         )
 

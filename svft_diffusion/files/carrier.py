@@ -67,7 +67,7 @@ def adapter_in_png(data: bytes, label: str) -> bytes | None:
     """
     found = adapters_in_png(data, label)
     if len(found) > 1:
-        names = ", ".join(printable(adapter.name or adapter.sha256[:8]) for adapter in found)
+        names = printable(", ".join(adapter.name or adapter.sha256[:8] for adapter in found), longest=200)
         raise UserError(
             f"{label} carries {len(found)} adapters ({names}); take them out and load the one you want: "
             f"svft-diffusion inspect {label} --extract FOLDER"

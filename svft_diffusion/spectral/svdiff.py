@@ -22,7 +22,8 @@ def spectral_shift(sigma: Tensor, deltas: Sequence[Tensor], strengths: Sequence[
     rank = max(len(delta) for delta in deltas)
     total = deltas[0].new_zeros(rank)
     for delta, strength in zip(deltas, strengths, strict=True):
-        total = total + strength * functional.pad(delta, (0, rank - len(delta)))
+        padded = delta if len(delta) == rank else functional.pad(delta, (0, rank - len(delta)))
+        total = total + strength * padded
     return torch.clamp(total, min=-sigma[:rank].to(total.dtype))
 
 

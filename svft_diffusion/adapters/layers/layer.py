@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -22,12 +22,17 @@ from svft_diffusion.adapters.layers.kinds import Kind, layer_kind
 from svft_diffusion.adapters.layers.placement import PlacedFactors, identity
 from svft_diffusion.adapters.layers.training import TrainingPaths
 from svft_diffusion.adapters.methods import LayerOptions, Term, combined_core, initial_values
+from svft_diffusion.files.tensor_names import TRAINED_PARTS
 from svft_diffusion.spectral import SingularFactors, probe_update
 
-_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
 _logger = logging.getLogger(__name__)
 # Not in the layers: a lock can be neither copied nor pickled.
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def _size(name: str) -> property:
+    """A size of the frozen layer; no such attribute where that has none."""
+    return property(lambda layer: getattr(layer.get_base_layer(), name))
 
 
 class SpectralLayer(nn.Module, BaseTunerLayer):
@@ -48,6 +53,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     other_param_names = (
         "r", "options", "weights", "weight_tensors", "call_scales", "spectral_positions", "spectral_sketch",
     )  # fmt: skip
+
+    # Pipelines ask their models' layers for these.
+    in_features, out_features = _size("in_features"), _size("out_features")
+    in_channels, out_channels = _size("in_channels"), _size("out_channels")
+    num_embeddings, embedding_dim = _size("num_embeddings"), _size("embedding_dim")
 
     if TYPE_CHECKING:  # inherited from PEFT, which has no type information
         active_adapters: list[str]
@@ -105,25 +115,16 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """Groups of a convolution, 1 for other layers; PEFT's LoRA asks what it goes around."""
         return int(getattr(self.get_base_layer(), "groups", 1))
 
-    def __getattr__(self, name: str) -> Any:
-        """Sizes of the frozen layer: pipelines ask their models' layers for them."""
-        if name in _SIZES:
-            return getattr(self.get_base_layer(), name)
-        return super().__getattr__(name)
-
     def has_adapter(self, name: str) -> bool:
         """Whether an adapter is in this layer."""
         return name in self.options
 
     def trained_parts(self, name: str) -> dict[str, nn.Parameter]:
         """What an adapter trains here, by part: some of ``values``, ``bias``, ``norm`` and ``gate``."""
-        by_part = {
-            "values": self.spectral_values,
-            "bias": self.spectral_bias,
-            "norm": self.spectral_norm,
-            "gate": self.spectral_gate,
-        }
-        return {part: parameters[name] for part, parameters in by_part.items() if name in parameters}
+        # Every call of a layer comes here, and a module finds its own attributes slowly.
+        holders = cast("dict[str, nn.ParameterDict]", self._modules)
+        parts = ((part, holders[f"spectral_{part}"]._parameters.get(name)) for part in TRAINED_PARTS)
+        return {part: parameter for part, parameter in parts if parameter is not None}
 
     def positions(self, name: str) -> Tensor | None:
         """What the pattern lists: flat positions in the core matrix or triplets, int32; None for regular patterns."""
