@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
-from tiny_models import tiny_pipeline, tiny_text_encoder
+from safetensors.torch import load_file, save_file
+from sealed_files import sealed
+from tiny_models import tiny_text_encoder
 from torch import Tensor, nn
 
 from svft_diffusion.errors import UserError
@@ -27,19 +28,15 @@ from svft_diffusion.files import (
     BaseModel,
     LayerBasis,
     bases_of,
-    check_base,
-    digests_of_pipeline,
     layer_names,
-    matches_of_folder,
-    matches_of_pipeline,
     pack_bases,
     read_adapter,
     read_header,
     split_tensor_name,
     write_adapter,
 )
-from svft_diffusion.files.adapter_file import DIGEST_KEY, METADATA_KEY
-from svft_diffusion.files.container import content_digest, read_container
+from svft_diffusion.files.adapter_file import METADATA_KEY
+from svft_diffusion.files.model_spec import THUMBNAIL_KEY
 from svft_diffusion.files.names import canonical_name, module_path
 from svft_diffusion.files.weight_digests import digest_of_weight, digests_of_base
 
@@ -94,11 +91,6 @@ LISTED = {
 }
 JPEG_START = b"\xff\xd8\xff"
 JPEG = JPEG_START + b"a small picture"
-LAYERS = [
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
-    "unet.down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
-    "text_encoder.text_model.encoder.layers.1.mlp.fc1",
-]
 
 
 def written_json(file: Path) -> dict[str, Any]:
@@ -255,18 +247,9 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path,
             write_adapter(tmp_path / "a.safetensors", HEADER, damaged)
         assert not (tmp_path / "a.safetensors").exists()
     file = write_adapter(tmp_path / "a.safetensors", HEADER, TENSORS)
-    sealed(file, damaged, written_json(file))
+    file.write_bytes(sealed(damaged, written_json(file)))
     with pytest.raises(UserError, match="NaN or infinite"):
         read_adapter(file)
-
-
-def sealed(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A file whose digest is right, whatever it says."""
-    others = {key: text for key, text in metadata.items() if key != DIGEST_KEY}
-    container = read_container(save(tensors, others), "a")
-    entries = sorted(container.entries.items())
-    parts = [(name, entry.dtype, entry.shape, container.bytes_of(name)) for name, entry in entries]
-    save_file(tensors, file, metadata={**others, DIGEST_KEY: content_digest(parts, others)})
 
 
 def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -274,7 +257,7 @@ def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], 
         write_adapter(file, HEADER, TENSORS)
         fields = json.loads(written_json(file)[METADATA_KEY])
         change(fields)
-        sealed(file, TENSORS, {**written_json(file), METADATA_KEY: json.dumps(fields)})
+        file.write_bytes(sealed(TENSORS, {**written_json(file), METADATA_KEY: json.dumps(fields)}))
 
     return rewrite
 
@@ -282,7 +265,7 @@ def with_metadata(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], 
 def with_tensors(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     def rewrite(file: Path) -> None:
         write_adapter(file, HEADER, TENSORS)
-        sealed(file, tensors, written_json(file))
+        file.write_bytes(sealed(tensors, written_json(file)))
 
     return rewrite
 
@@ -298,7 +281,7 @@ def with_positions(positions: list[int] | Tensor | None) -> Callable[[Path], Non
         write_adapter(file, LISTED_HEADER, LISTED)
         as_tensor = torch.tensor(positions, dtype=torch.int32) if isinstance(positions, list) else positions
         assert as_tensor is not None
-        sealed(file, {**LISTED, f"{TO_Q}.positions": as_tensor}, written_json(file))
+        file.write_bytes(sealed({**LISTED, f"{TO_Q}.positions": as_tensor}, written_json(file)))
 
     return rewrite
 
@@ -312,10 +295,21 @@ def nested(depth: int) -> dict[str, Any]:
     return {} if depth == 0 else {"a": nested(depth - 1)}
 
 
+def newer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[Path], None]:
+    """A file of a later format, in which this one would find other things wrong too."""
+
+    def rewrite(file: Path) -> None:
+        with_metadata(lambda fields: fields.update(format_version=FORMAT_VERSION + 1))(file)
+        save_file({**TENSORS, **tensors}, file, metadata={**written_json(file), **metadata})
+
+    return rewrite
+
+
 def twice(file: Path) -> None:
     write_adapter(file, HEADER, TENSORS)
     metadata = written_json(file)
-    sealed(file, TENSORS, {**metadata, METADATA_KEY: metadata[METADATA_KEY].replace("{", '{"rank": 3, ', 1)})
+    again = metadata[METADATA_KEY].replace("{", '{"rank": 3, ', 1)
+    file.write_bytes(sealed(TENSORS, {**metadata, METADATA_KEY: again}))
 
 
 class Bomb:
@@ -341,6 +335,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "not an svft_diffusion adapter: `svft-diffusion import`",
     ),
     "newer": (with_metadata(lambda fields: fields.update(format_version=FORMAT_VERSION + 1)), "update svft_diffusion"),
+    "newer with a new type": (newer({"unet.a.scale": torch.ones(2).to(torch.float8_e4m3fn)}, {}), "update svft_diff"),
+    "newer with another thumbnail": (
+        newer({}, {THUMBNAIL_KEY: "data:image/webp;base64,AAAA"}),
+        "update svft_diffusion",
+    ),
     "no version": (with_metadata(lambda fields: fields.pop("format_version")), "damaged header"),
     "no method": (with_metadata(lambda fields: fields.pop("method")), "damaged header"),
     "base is a number": (with_metadata(lambda fields: fields.update(base=3)), "damaged header"),
@@ -413,9 +412,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "matrix": (with_tensors({"unet.a.values": torch.ones(3, 3)}), "one row of float32"),
     "integers": (with_tensors({"unet.a.values": torch.ones(3, dtype=torch.int64)}), "one row of float32"),
     "float64": (with_tensors({"unet.a.values": torch.full((3,), 1e300, dtype=torch.float64)}), "one row of float32"),
-    "float8": (
-        lambda file: save_file({"unet.a.values": torch.ones(3).to(torch.float8_e4m3fn)}, file),
-        "of a type that no adapter has",
+    "float8": (with_tensors({"unet.a.values": torch.ones(3).to(torch.float8_e4m3fn)}), "one row of float32"),
+    "lora in 8 bit": (
+        lambda file: save_file({"unet.lora_A.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, file),
+        "not an svft_diffusion adapter: `svft-diffusion import`",
     ),
 }
 
@@ -460,6 +460,18 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
         write_adapter(tmp_path / "file" / "a.safetensors", HEADER, TENSORS)
 
 
+def test_digests_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    for change in ({"stored": "AAAA"}, {"stored": "no base64!"}, {"stored": 3}, {"bfloat16": ""}):
+        with_metadata(lambda fields, change=change: fields["base"]["digests"].update(change))(
+            tmp_path / "a.safetensors"
+        )
+        with pytest.raises(UserError, match=r"damaged header: .*digests? of the base"):
+            read_header(tmp_path / "a.safetensors")
+    three = replace(HEADER, base=BaseModel("toy", digests=some_digests(3)))
+    with pytest.raises(UserError, match="digests of 3 weights for 4 layers"):
+        write_adapter(tmp_path / "a.safetensors", three, TENSORS)
+
+
 # Names
 
 
@@ -475,82 +487,3 @@ def test_the_canonical_name_has_text_model_whatever_the_version_of_transformers(
     assert canonical_name("text_encoder", flat, here) == f"text_encoder.{canonical}"
     assert canonical_name("text_encoder", nested, canonical) == f"text_encoder.{canonical}"
     assert module_path(nested, canonical) == canonical
-
-
-# Digests of the base
-
-
-def trained_on(pipe: object) -> AdapterHeader:
-    return replace(HEADER, base=BaseModel("toy", digests=digests_of_pipeline(pipe, LAYERS)))
-
-
-@pytest.mark.parametrize("saved", ["float32", "sharded", "variant", "both variants"])
-def test_a_folder_holds_the_weights_of_the_live_pipeline(tmp_path: Path, saved: str) -> None:
-    pipe = tiny_pipeline()
-    trained = digests_of_pipeline(pipe, LAYERS)
-    assert trained == digests_of_pipeline({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, reversed(LAYERS))
-    if saved == "sharded":
-        pipe.save_pretrained(tmp_path, max_shard_size="50KB")
-        assert list((tmp_path / "unet").glob("*.index.json"))
-    elif saved != "variant":
-        pipe.save_pretrained(tmp_path)
-    if "variant" in saved:
-        pipe.to(dtype=torch.float16)
-        pipe.save_pretrained(tmp_path, variant="fp16")
-        assert list((tmp_path / "unet").glob("*.fp16.safetensors"))
-    rounded = 3 if saved == "variant" else 0
-    assert matches_of_folder(tmp_path, LAYERS, trained) == (3, rounded, 3)
-    assert matches_of_folder(tmp_path, LAYERS, digests_of_pipeline(tiny_pipeline(seed=1), LAYERS)) == (0, 0, 3)
-
-
-def test_weights_are_recognised_in_other_dtypes_one_by_one() -> None:
-    trained = digests_of_pipeline(tiny_pipeline(), LAYERS)
-    for dtype, rounded in ((torch.float32, 0), (torch.float64, 3), (torch.float16, 3), (torch.bfloat16, 3)):
-        assert matches_of_pipeline(tiny_pipeline().to(dtype=dtype), LAYERS, trained) == (3, rounded, 3)
-    half = digests_of_pipeline(tiny_pipeline().to(dtype=torch.bfloat16), LAYERS)
-    assert half.float16 is None and half.fingerprint == trained.fingerprint.split()[1]
-    assert matches_of_pipeline(tiny_pipeline(), LAYERS, half) == (3, 3, 3)
-    pipe = tiny_pipeline()
-    with torch.no_grad():
-        pipe.unet.get_submodule(LAYERS[0].removeprefix("unet.")).weight[0, 0] += 1e-3  # one element in one layer
-    assert matches_of_pipeline(pipe, LAYERS, trained) == (2, 0, 3)
-    assert digests_of_pipeline(pipe, LAYERS).fingerprint != trained.fingerprint
-
-
-def test_another_base_is_refused_with_both_names_and_how_much_agrees() -> None:
-    header = trained_on(tiny_pipeline())
-    check_base(header, matches_of_pipeline(tiny_pipeline(), LAYERS, header.base.digests), "toy")
-    mixed = {"unet": tiny_pipeline(seed=1).unet, "text_encoder": tiny_pipeline().text_encoder}
-    message = (
-        r"dog was trained on the base toy \(fingerprint \w{8}\), but the loaded base is other: 1 of 3 adapted weights "
-        r"are those of the training; give it the base toy, or on_mismatch align"
-    )
-    with pytest.raises(UserError, match=message):
-        check_base(header, matches_of_pipeline(mixed, LAYERS, header.base.digests), "other", adapter="dog")
-
-
-def test_what_is_no_model_folder_is_no_base(tmp_path: Path) -> None:
-    trained = digests_of_pipeline(tiny_pipeline(), LAYERS)
-    assert matches_of_folder("someone/some-model", LAYERS, trained) is None
-    assert matches_of_folder(tmp_path, LAYERS, trained) is None
-    tiny_pipeline().unet.save_pretrained(tmp_path / "unet")
-    of_unet = digests_of_pipeline(tiny_pipeline(), LAYERS[:2])
-    assert matches_of_folder(tmp_path, LAYERS[:2], of_unet) == (2, 0, 2)
-    assert matches_of_folder(tmp_path, LAYERS, trained) is None
-    assert matches_of_folder(tmp_path, ["unet.no.such.layer"], of_unet) == (0, 0, 1)
-
-
-def test_digests_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
-    for change in ({"stored": "AAAA"}, {"stored": "no base64!"}, {"stored": 3}, {"bfloat16": ""}):
-        with_metadata(lambda fields, change=change: fields["base"]["digests"].update(change))(
-            tmp_path / "a.safetensors"
-        )
-        with pytest.raises(UserError, match=r"damaged header: .*digests? of the base"):
-            read_header(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="digests of 3 weights for 4 layers"):
-        write_adapter(tmp_path / "a.safetensors", trained_on(tiny_pipeline()), TENSORS)
-
-
-def test_a_layer_that_the_pipeline_lacks_is_named() -> None:
-    with pytest.raises(UserError, match=r"no layer unet\.no\.such\.layer"):
-        digests_of_pipeline(tiny_pipeline(), ["unet.no.such.layer"])

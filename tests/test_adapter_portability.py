@@ -187,6 +187,29 @@ def test_an_update_that_is_not_the_trained_one_is_refused_or_measured(
     assert measured == pytest.approx(relative_error(updates(models, "dog"), expected), rel=0.7)
 
 
+def test_biases_alone_are_refused_where_no_weight_is_that_of_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They have no update that could be measured."""
+    file = tmp_path / "dog.safetensors"
+    write(file, VectorFitConfig(train_values=False))
+    models = {"unet": tiny_unet(1)}
+    with pytest.raises(UserError, match=r"0 of 16 adapted weights .*; only on_mismatch=\"force\" loads it") as refused:
+        load_adapter(models, file, on_mismatch="align")
+    assert "align" not in str(refused.value)
+    with caplog.at_level("WARNING"):
+        load_adapter(models, file, on_mismatch="force")
+        some = {"unet": tiny_unet()}
+        with torch.no_grad():
+            some["unet"].mid_block.attentions[0].transformer_blocks[0].ff.net[0].proj.weight[0] += 1
+        load_adapter(some, file, on_mismatch="align")
+    forced, aligned = (record.getMessage() for record in caplog.records)
+    assert "0 of 16" in forced and "15 of 16" in aligned
+    for message in (forced, aligned):
+        assert "None" not in message and "on_mismatch" not in message
+        assert message.endswith("dog.safetensors has no singular values by which to measure what it does there")
+
+
 def test_a_fine_tuned_base_is_aligned_and_another_base_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "dog.safetensors"
     expected = write(file, CONFIGS["svft banded"])

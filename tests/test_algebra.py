@@ -309,7 +309,7 @@ def test_style_mixes_that_make_no_sense_are_refused() -> None:
     pipe, _ = pipeline_with(SVFTConfig(), SVFTConfig())
     with pytest.raises(UserError, match="which layers of Mixed draw the geometry is not known"):
         style_mix(pipe, "a0", "a1", "mix")
-    with pytest.raises(UserError, match="no layer in the geometry blocks: nowhere"):
+    with pytest.raises(UserError, match="has no module 'nowhere'"):
         style_mix(pipe, "a0", "a1", "mix", blocks=["nowhere"])
     with pytest.raises(UserError, match="two adapters"):
         style_mix(pipe, "a0", "a0", "mix", blocks=["tall"])

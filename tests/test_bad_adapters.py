@@ -18,12 +18,13 @@ from adapter_files import ModelsOnDisk, write_models
 from foreign_files import LINEAR, lora_factors, svdiff_deltas
 from PIL import Image
 from safetensors.torch import save_file
+from sealed_files import sealed
 from tiny_models import tiny_pipeline, tiny_unet
 
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.files import read_adapter, write_adapter
-from svft_diffusion.files.adapter_file import DIGEST_KEY, METADATA_KEY
-from svft_diffusion.files.container import container_bytes, content_digest, dtype_name, read_container, tensor_bytes
+from svft_diffusion.files.adapter_file import METADATA_KEY
+from svft_diffusion.files.container import read_container
 from svft_diffusion.sampling.png import save_png
 
 Command = Callable[[Path, ModelsOnDisk, Path], list[object]]  # adapter, models, folder for outputs -> arguments
@@ -81,10 +82,7 @@ def rewritten(models: ModelsOnDisk, target: Path, change: Callable[[dict[str, An
     tensors = read_adapter(models.dog)[1]
     fields = json.loads(content.metadata[METADATA_KEY])
     change(fields)
-    metadata = {name: text for name, text in content.metadata.items() if name != DIGEST_KEY}
-    metadata[METADATA_KEY] = json.dumps(fields)
-    parts = [(name, dtype_name(held), tuple(held.shape), tensor_bytes(held)) for name, held in sorted(tensors.items())]
-    target.write_bytes(container_bytes(tensors, metadata | {DIGEST_KEY: content_digest(iter(parts), metadata)}))
+    target.write_bytes(sealed(tensors, {**content.metadata, METADATA_KEY: json.dumps(fields)}))
     return target
 
 
@@ -94,9 +92,7 @@ def with_tensors(models: ModelsOnDisk, target: Path, change: Callable[[torch.Ten
     tensors = dict(read_adapter(models.dog)[1])
     name = next(name for name in sorted(tensors) if name.endswith(".values"))
     tensors[name] = change(tensors[name])
-    metadata = {name: text for name, text in content.metadata.items() if name != DIGEST_KEY}
-    parts = [(name, dtype_name(held), tuple(held.shape), tensor_bytes(held)) for name, held in sorted(tensors.items())]
-    target.write_bytes(container_bytes(tensors, metadata | {DIGEST_KEY: content_digest(iter(parts), metadata)}))
+    target.write_bytes(sealed(tensors, content.metadata))
     return target
 
 

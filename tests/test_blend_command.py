@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import TEXT_WIDTH, tiny_inputs, tiny_pipeline
 
 from svft_diffusion import SVDiffConfig, SVFTConfig, add_tokens, load_adapter, save_adapter, set_adapters
@@ -17,6 +18,7 @@ from svft_diffusion.adapters import SpectralConfig, add_training_adapter, unload
 from svft_diffusion.cli.main import main
 from svft_diffusion.files import AdapterMetadata, read_adapter, read_header
 from svft_diffusion.sampling.adapter_choice import WeightedFile, parse_adapter_choice, parse_weighted_file
+from svft_diffusion.sampling.png import save_png
 
 LAYERS = r".*\.(to_q|q_proj|conv1)"  # some of every block, so that the tests are quick
 
@@ -134,13 +136,62 @@ def test_a_plot_beside_a_report(disk: Path, tmp_path: Path) -> None:
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dog.safetensors", "--plot", "new.png"], "there is only one"),
+        (["dog.safetensors", "style.safetensors:0", "--plot", "new.png"], "there is only one"),
+        (["dog.safetensors", "style.safetensors", "--plot", "file/new.png"], "can't write to"),
+        (["picture.png", "style.safetensors", "--plot", "picture.png", "--overwrite"], "one of the files to read"),
+        (["dog.safetensors", "style.safetensors", "--plot", "picture.png"], "there already"),
+    ],
+)
+def test_a_plot_that_can_not_be_is_refused_before_anything_is_written(
+    disk: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    carrier = save_png(
+        Image.new("RGB", (4, 4)), tmp_path / "picture.png", {}, [(disk / "dog.safetensors").read_bytes()]
+    )
+    before = carrier.read_bytes()
+    given = [str(tmp_path / word) if ".png" in word else word for word in arguments]
+    assert blend(disk, *given, "-o", str(tmp_path / "x.safetensors")) == 2
+    assert message in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"file", "picture.png"} and carrier.read_bytes() == before
+
+
+def test_the_relu_is_counted_for_the_sum_that_is_written(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def clipping(*arguments: str) -> Any:
+        out = str(tmp_path / "x.safetensors")
+        files = ("shift.safetensors", "shift2.safetensors")
+        assert blend(disk, *files, *arguments, "-o", out, "--overwrite", "--json") == 0
+        return json.loads(capsys.readouterr().out)["interference"]["clipping"]
+
+    plain, balanced = clipping(), clipping("--balance")
+    assert plain["clipped"] != balanced["clipped"] and plain["trained"] == balanced["trained"]
+    assert clipping("--style_mix") is None
+
+
+def test_the_base_keeps_the_name_that_the_files_have_for_it(disk: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "here", tmp_path / "x.safetensors"
+    base.symlink_to(disk / "base", target_is_directory=True)
+    assert blend(disk, "dog.safetensors", "--base", str(base), "-o", str(out)) == 0
+    assert read_header(out).base.name == "base"
+    arguments = ("--on_mismatch", "force", "--overwrite")
+    assert blend(disk, "dog.safetensors", "--base", str(disk / "other"), "-o", str(out), *arguments) == 0
+    assert read_header(out).base.name == "other"
+
+
 def test_balanced_weights(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "both.safetensors")
     assert blend(disk, "dog.safetensors", "style.safetensors", "--balance", "-o", out, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["weights"] == result["interference"]["balancing_weights"]
+    assert result["weights"] == result["interference"]["weights"] == result["interference"]["balancing_weights"]
     norms = result["interference"]["total"]["norms"]
-    assert norms["dog"] * result["weights"]["dog"] == pytest.approx(norms["style"] * result["weights"]["style"])
+    assert norms["dog"] == pytest.approx(norms["style"])
     torch.testing.assert_close(output(tmp_path, {"both": 1.0}), output(disk, result["weights"]), rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +226,7 @@ def test_learned_tokens_of_all_sources_are_in_the_file(disk: Path, tmp_path: Pat
 
 def test_values_in_half_precision(disk: Path, tmp_path: Path) -> None:
     out = tmp_path / "both.safetensors"
-    assert blend(disk, "dog.safetensors", "-o", str(out), "--value_dtype", "float16") == 0
+    assert blend(disk, "dog.safetensors", "-o", str(out), "--dtype", "float16") == 0
     assert read_header(out).value_dtype == "float16"
     assert out.stat().st_size < (disk / "dog.safetensors").stat().st_size
 
@@ -201,6 +252,19 @@ def test_values_in_half_precision(disk: Path, tmp_path: Path) -> None:
         (["dog.safetensors", "foreign.safetensors", "-o", "x.safetensors"], "foreign.safetensors"),
         (["none.safetensors", "-o", "x.safetensors"], "can't read"),
         (["dog.safetensors:0", "-o", "x.safetensors"], "all weights are 0"),
+        (
+            [
+                "dog.safetensors",
+                "style.safetensors",
+                "--style_mix",
+                "--geometry_blocks",
+                "mid_block",
+                "mid_blok",
+                "-o",
+                "x.safetensors",
+            ],
+            "the unet has no module 'mid_blok'",
+        ),
     ],
 )
 def test_refused_in_one_line(

@@ -144,7 +144,7 @@ def test_the_command_writes_and_reports(
     assert command(models.dog.parent, "--base", models.base, "--rank", "full", "-o", out) == 0
     printed = capsys.readouterr().out
     total = re.search(r"relative error in total: (\S+)\n", printed)
-    assert total and 0 < float(total[1]) < 1e-7 and f"{out}: " in printed
+    assert total and 0 < float(total[1]) < 1e-7 and f"wrote {out} (" in printed
     with safe_open(out, framework="pt") as opened:
         metadata = opened.metadata()
     assert metadata["ss_sd_model_name"] == read_header(models.dog).base.name == "tiny"
@@ -157,6 +157,7 @@ def test_the_command_writes_and_reports(
     assert command(models.dog, *arguments, "-o", tmp_path / "other.safetensors") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["rank"] == 2 and report["strength"] == 0.5 and 0 < report["total_error"] < 1
+    assert report["output"] == str(tmp_path / "other.safetensors")
     assert report["layers"][0].keys() == {"layer", "norm", "rank", "dropped", "rounding", "error"}
 
 
@@ -215,6 +216,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ((tmp_path / "lora.safetensors", "--base", base, "-o", out), "not an svft_diffusion adapter"),
         ((dog, "--base", models.other_base, "-o", out), "trained on"),
         ((dog, "--base", tmp_path / "nowhere", "-o", out), "nowhere"),
+        ((dog, "-o", out), "say with --base where the base model is"),
         ((dog, "--base", base, "-o", there), "is there already"),
         ((dog, "--base", base, "-o", tmp_path / "out.bin"), "must end in .safetensors"),
         ((dog, "--base", base, "-o", dog, "--overwrite"), "is one of the files to read"),

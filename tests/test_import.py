@@ -256,5 +256,6 @@ def test_command_prints_json_and_gives_equal_bytes(folder, tmp_path, capsys):
         command.run([str(file), "--base", str(folder / "base"), "-o", str(output), "--pattern", "banded", "--json"])
         report = json.loads(capsys.readouterr().out)
         assert report["source"] == "LoRA" and report["off_diagonals"] == 2 and report["output"] == str(output)
+        assert report["bytes"] == output.stat().st_size
         assert report["error"] == report["layers"][0]["error"] > 0
     assert outputs[0].read_bytes() == outputs[1].read_bytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -390,6 +392,34 @@ def test_a_single_file_says_what_was_merged(base_and_adapter: tuple[Path, Path],
     assert json.loads(metadata["svft_diffusion.merged_from"])[0]["weight"] == 1.0
 
 
+def test_files_that_the_trainer_named_are_called_by_their_folders(
+    base_and_adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, dog = base_and_adapter
+    robot = tmp_path / "robot" / "adapter.safetensors"
+    robot.parent.mkdir()
+    shutil.copy(dog, robot)
+    arguments = [str(robot.parent), str(dog), "--base", str(base), "-o", str(tmp_path / "model.safetensors"), "--json"]
+    assert main(["merge", *arguments]) == 0
+    merged = json.loads(capsys.readouterr().out)["merged_from"]
+    assert [source["file"] for source in merged] == ["robot", "dog.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+@pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
+def test_file_names_that_are_no_text_are_escaped(
+    output: str, base_and_adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, dog = base_and_adapter
+    named = shutil.copy(dog, tmp_path / os.fsdecode(b"d\xffg.safetensors"))
+    out = tmp_path / output
+    assert main(["merge", str(named), "--base", str(base), "-o", str(out), "--json"]) == 0
+    if out.is_file():
+        with safe_open(out, framework="pt") as file:
+            assert file.metadata()["modelspec.merged_from"] == r"base, d\udcffg.safetensors"
+    assert json.loads(capsys.readouterr().out)["merged_from"][0]["file"] == named.name
+
+
 # Names in single files
 
 _TEXT_1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -463,3 +493,18 @@ def check_names(pipe: DiffusionPipeline, model: str, unet_tensors: int, text_ten
         assert {name: tensor.shape for name, tensor in found.items()} == {
             name: tensor.shape for name, tensor in component.state_dict().items()
         }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
+def test_others_may_read_what_the_umask_lets_them(
+    base_and_adapter: tuple[Path, Path], tmp_path: Path, output: str
+) -> None:
+    base, dog = base_and_adapter
+    before = os.umask(0o022)
+    try:
+        assert main(["merge", str(dog), "--base", str(base), "-o", str(tmp_path / output)]) == 0
+    finally:
+        os.umask(before)
+    files = [file for file in [tmp_path / output, *tmp_path.rglob("*")] if file.is_file()]
+    assert files and {file.stat().st_mode & 0o777 for file in files} == {0o644}

@@ -31,7 +31,7 @@ from svft_diffusion.adapters import SpectralConfig, add_training_adapter
 from svft_diffusion.adapters.injection import adapters_of, spectral_layers
 from svft_diffusion.adapters.tokens import add_tokens
 from svft_diffusion.adapters.training import adapted_layers
-from svft_diffusion.algebra.shrink import ShrinkReport, shrink_adapter
+from svft_diffusion.algebra.shrink import ShrinkReport, ShrunkLayer, shrink_adapter
 from svft_diffusion.cli.main import main
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import cache
@@ -387,9 +387,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert report["bytes"] == out.stat().st_size <= size and report["error"] > 0.3
     before, after = read_header(files.dog), read_header(out)
     assert (after.trigger, after.base.name) == (before.trigger, before.base.name) == ("sks", "tiny")
+    assert report["output"] == str(out) and report["bytes_before"] == files.dog.stat().st_size
     pipe = tiny_pipeline()
     load_adapter(pipe, out, "small")
     unload_adapter(pipe, "small")
+    moved = ["--base", str(files.other_base), "--keep", "9", "--overwrite", "--on_mismatch", "force"]
+    assert main([*arguments, *moved]) == 0
+    assert read_header(out).base.name == "other-base"
 
 
 @pytest.mark.parametrize("value_dtype", ["float32", "float16"])
@@ -418,7 +422,7 @@ def test_learned_tokens_stay_and_count(tmp_path: Path, value_dtype: str, capsys:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep", "5"], "--base says where the base is"),
+        (["--keep", "5"], "say with --base where the base model is"),
         (["--base", "{base}", "--size", "10"], "does not fit in 10 bytes: with as little as possible it has"),
         (["--base", "{base}", "--energy", "2"], "in (0, 1]"),
         (["--base", "{other}", "--keep", "5"], "trained on"),
@@ -449,3 +453,9 @@ def test_sizes(text: str, size: int) -> None:
     from svft_diffusion.cli.shrink import _parser
 
     assert _parser().parse_args(["x", "--size", text, "-o", "y"]).size == size
+
+
+def test_a_loss_that_leaves_little_is_a_warning() -> None:
+    layer = ShrunkLayer("unet.a", numbers=10, kept=1, norm=2.0, error=0.9)
+    assert ShrinkReport("small", [layer], 0.9).warning is not None
+    assert ShrinkReport("small", [layer], 0.4).warning is None

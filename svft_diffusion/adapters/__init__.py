@@ -15,9 +15,10 @@ from svft_diffusion.adapters.runtime import (
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS
 from svft_diffusion.adapters.tokens import add_tokens, token_parameters
 from svft_diffusion.adapters.training import adapter_state, add_training_adapter, load_adapter_state
+from svft_diffusion.adapters.tuner import SpectralModel
 from svft_diffusion.adapters.weights import per_sample_adapters, set_adapters
 
-register()
+register(SpectralConfig, SpectralModel)
 
 __all__ = [
     "DEFAULT_PRESET",

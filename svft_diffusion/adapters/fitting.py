@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +19,7 @@ from svft_diffusion.adapters.methods import LISTED, LayerOptions, number_of_valu
 from svft_diffusion.adapters.training import LARGEST_SILENT_ERROR
 from svft_diffusion.adapters.tuner import layer_options
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.fingerprint import check_base, matches_of_pipeline
+from svft_diffusion.files.fingerprint import both_bases, check_base, matches_of_pipeline
 from svft_diffusion.files.header import AdapterHeader
 from svft_diffusion.files.names import base_module, module_path, split_canonical_name
 from svft_diffusion.files.tensor_names import POSITIONS, TRAINED_PARTS, layer_names, tensor_name
@@ -41,6 +42,7 @@ class BaseDifference(NamedTuple):
 
     weights: str | None  # what to say of other weights; None where they are the same
     precision: bool  # whether they agree only when they are rounded to 16 bit
+    nothing_agrees: bool = False
 
 
 def check_choice(on_mismatch: str) -> None:
@@ -58,9 +60,11 @@ def check_free(components: Mapping[str, nn.Module], name: str) -> None:
 
 
 def paths_by_component(
-    file: Path, components: Mapping[str, nn.Module], layers: Sequence[str]
+    label: str, components: Mapping[str, nn.Module], layers: Sequence[str]
 ) -> dict[str, dict[str, str]]:
     """Component -> path of the layer in this version of the model -> its canonical name.
+
+    ``label`` is what messages call the adapter.
 
     Raises:
         UserError: there is no such component.
@@ -69,17 +73,32 @@ def paths_by_component(
     for layer in layers:
         component, path = split_canonical_name(layer)
         if component not in components:
-            raise UserError(f"{file} adapts the {component}, which this pipeline does not have")
+            raise UserError(f"{label} adapts the {component}, which this pipeline does not have")
         sorted_out.setdefault(component, {})[module_path(components[component], path)] = layer
     return sorted_out
 
 
-def listed_fields(pattern: str, paths: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of a `SpectralConfig` that pattern listed takes from an adapter's tensors; none for other patterns.
+def config_of_layers(
+    options: Mapping[str, Any], paths: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> SpectralConfig:
+    """The configuration of a frozen adapter in exactly these layers of a model.
 
     Args:
+        options: fields of `SpectralConfig` other than ``target_modules`` and those that the tensors tell.
         paths: path of the layer in the model -> its canonical name.
+        tensors: of the adapter, named as in its file.
+
+    Raises:
+        UserError: options that do not go together.
     """
+    # PEFT shortens a list of paths to their ends, in an order that changes from run to run, and may match more.
+    exact_paths = "|".join(re.escape(path) for path in paths)
+    listed = _listed_fields(options.get("pattern", ""), paths, tensors)
+    return SpectralConfig(**options, **listed, target_modules=exact_paths, inference_mode=True)
+
+
+def _listed_fields(pattern: str, paths: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a `SpectralConfig` that pattern listed takes from an adapter's tensors; none for other patterns."""
     if pattern != LISTED:
         return {}
     values = {path: tensors.get(tensor_name(canonical, "values")) for path, canonical in paths.items()}
@@ -143,13 +162,12 @@ def difference_of_base(
         UserError: some are others, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer.
     """
     matches = matches_of_pipeline(pipe, layer_names(tensors), header.base.digests)
-    try:
-        check_base(header, matches, _base_name(pipe), adapter=file.name)
-    except UserError as problem:
-        if on_mismatch == "error":
-            raise
-        return BaseDifference(str(problem), precision=False)
-    return BaseDifference(None, precision=matches.rounded > 0)
+    if on_mismatch == "error":
+        check_base(header, matches, _base_name(pipe), adapter=str(file))
+    if matches.all:
+        return BaseDifference(None, precision=matches.rounded > 0)
+    weights = both_bases(header, matches, _base_name(pipe), adapter=str(file))
+    return BaseDifference(weights, precision=False, nothing_agrees=matches.matched == 0)
 
 
 def judge_update(
@@ -162,6 +180,9 @@ def judge_update(
     """
     same = error.total <= LARGEST_SILENT_ERROR  # not so where it is no number
     if same and difference.weights is None:
+        return
+    if error.worst_layer is None:
+        _judge_unmeasured(file, on_mismatch, difference)
         return
     found = f"the update of {file.name} differs from the trained one by {error}"
     if on_mismatch == "error" and not (in_16_bit or difference.precision):
@@ -179,6 +200,15 @@ def judge_update(
         same_weights = "the base has the weights of the training"
     reason = difference.weights or same_weights
     _logger.warning("%s; %s", reason, found)
+
+
+def _judge_unmeasured(file: Path, on_mismatch: OnMismatch, difference: BaseDifference) -> None:
+    """`judge_update` on another base for an adapter of biases and norms alone, which stand on no basis."""
+    if difference.nothing_agrees and on_mismatch != "force":
+        raise UserError(f'{difference.weights}; only on_mismatch="force" loads it all the same')
+    _logger.warning(
+        "%s; %s has no singular values by which to measure what it does there", difference.weights, file.name
+    )
 
 
 def in_16_bit(layers: Iterable[SpectralLayer]) -> bool:

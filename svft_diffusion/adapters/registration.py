@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+
 
 class SpectralPeftType(str, Enum):  # noqa: UP042 - PEFT compares and formats its own members as (str, Enum)
     """PEFT's name for adapters in the singular-value space."""
@@ -18,15 +21,12 @@ class SpectralPeftType(str, Enum):  # noqa: UP042 - PEFT compares and formats it
 PREFIX = "spectral_"
 
 
-def register() -> None:
+def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
     """Insert config, tuner and prefix into PEFT's registry; a second call changes nothing.
 
     Raises:
         ImportError: the installed PEFT has no such registry.
     """
-    from svft_diffusion.adapters.config import SpectralConfig
-    from svft_diffusion.adapters.tuner import SpectralModel
-
     try:
         from peft.mapping import (
             PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -41,6 +41,6 @@ def register() -> None:
             "install peft>=0.21,<0.22"
         ) from problem
     key = SpectralPeftType.SPECTRAL
-    PEFT_TYPE_TO_CONFIG_MAPPING[key] = SpectralConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[key] = SpectralModel
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = PREFIX

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +26,10 @@ from svft_diffusion.adapters.fitting import (
     check_fit,
     check_free,
     check_layout,
+    config_of_layers,
     difference_of_base,
     in_16_bit,
     judge_update,
-    listed_fields,
     paths_by_component,
 )
 from svft_diffusion.adapters.injection import adapters_of, inject, refuse_fused, remove, spectral_layers
@@ -56,18 +54,14 @@ from svft_diffusion.adapters.weights import check_loaded
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.adapter_file import read_adapter, stored_tensor, write_adapter
 from svft_diffusion.files.fingerprint import digests_of_pipeline
-from svft_diffusion.files.header import VALUE_DTYPES, AdapterHeader, AdapterMetadata, BaseModel, library_versions
+from svft_diffusion.files.header import AdapterHeader, AdapterMetadata, BaseModel, library_versions, makers_fields
 from svft_diffusion.files.model_spec import base_version
 from svft_diffusion.files.names import components_of
 from svft_diffusion.files.tensor_names import SKETCH, layer_names
+from svft_diffusion.files.training_folder import adapter_file
 
 # Fields of a header that, beside `LAYOUT_FIELDS`, make a configuration.
 _HISTORY_FIELDS = ("seed", "targets")
-# Fields that a header takes from what the maker says.
-_MAKERS_FIELDS = (
-    "value_dtype", "trigger", "class_word", "instance_prompt", "class_prompt", "title", "description",
-    "suggested_strength", "strength_range", "training", "thumbnail",
-)  # fmt: skip
 
 
 def load_adapter(
@@ -89,7 +83,8 @@ def load_adapter(
     * ``align``: accept slightly other weights too, such as a fine-tuned copy; the measured error is logged as a
       warning.
 
-      Both refuse what leaves nothing of the update: an error of 100 % or more.
+      Both refuse what leaves nothing of the update: an error of 100 % or more. Biases and norms alone can't be
+      measured: of their layers one weight at least must be that of the training.
     * ``force``: load the values as they are, without alignment, with a warning on all that differs.
 
     Learned tokens in the file join the pipeline's tokenizers until the adapter is unloaded. They have no strength: a
@@ -97,7 +92,7 @@ def load_adapter(
 
     Args:
         pipe: a diffusers pipeline, or a mapping of component names to models (and tokenizers, for learned tokens).
-        file: the adapter's ``.safetensors`` file.
+        file: the adapter's ``.safetensors`` file, a picture that carries it, or the folder it was trained into.
         name: what to call it; the file's name, made fit for a parameter, when left out.
         on_mismatch: see above.
 
@@ -107,7 +102,7 @@ def load_adapter(
     Raises:
         UserError: the file, the pipeline or the name does not fit; the pipeline is as it was.
     """
-    file = Path(file)
+    file = adapter_file(Path(file))
     check_choice(on_mismatch)
     header, tensors = read_adapter(file)
     components = components_of(pipe)
@@ -119,7 +114,7 @@ def load_adapter(
             f"{file} holds learned tokens alone, and adapts no layer; pipe.load_textual_inversion is for such"
         )
     check_tokens(pipe, name, tokens)
-    paths = paths_by_component(file, components, layer_names(tensors))
+    paths = paths_by_component(str(file), components, layer_names(tensors))
     configs = {component: _config_of(header, by_path, tensors) for component, by_path in paths.items()}
     for component, by_path in paths.items():
         refuse_fused(components[component], f"load {file.name}")
@@ -142,7 +137,7 @@ def swap_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, on_mi
         UserError: no such adapter, it is fused, or the file is of another layout (method, pattern, layers, ...), has
             other learned tokens, or does not fit the base; the adapter is as it was.
     """
-    file = Path(file)
+    file = adapter_file(Path(file))
     check_choice(on_mismatch)
     header, tensors = read_adapter(file)
     layers = adapted_layers(pipe, name)
@@ -197,8 +192,6 @@ def save_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, metad
         UserError: no such adapter, it is fused, its values are not finite, or the file can't be written.
     """
     components = components_of(pipe)
-    if metadata.value_dtype not in VALUE_DTYPES:
-        raise UserError(f"values can be stored as {', '.join(VALUE_DTYPES)}, not as {metadata.value_dtype!r}")
     state = {key: stored_tensor(key, tensor, metadata.value_dtype) for key, tensor in adapter_state(pipe, name).items()}
     for model in components.values():
         refuse_fused(model, f"save {name!r}")
@@ -250,9 +243,8 @@ def _header_for(
         architecture=architecture,
         digests=metadata.base_digests or digests_of_pipeline(pipe, layers),
     )
-    said = {field: getattr(metadata, field) for field in _MAKERS_FIELDS}
     return AdapterHeader(
-        **{**options, **said, "targets": _targets_label(used, name, config)},
+        **{**options, **makers_fields(metadata), "targets": _targets_label(used, name, config)},
         components={component: len(spectral_layers(model, name)) for component, model in used.items()},
         tokens=tokens_of(pipe, name),
         base=base,
@@ -261,11 +253,8 @@ def _header_for(
 
 
 def _config_of(header: AdapterHeader, paths: Mapping[str, str], tensors: Mapping[str, Tensor]) -> SpectralConfig:
-    options: dict[str, Any] = {field: getattr(header, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
-    options |= listed_fields(header.pattern, paths, tensors)
-    # PEFT shortens a list of paths to their ends, in an order that changes from run to run, and may match more.
-    exact_paths = "|".join(re.escape(path) for path in paths)
-    return SpectralConfig(**options, target_modules=exact_paths, inference_mode=True)
+    options = {field: getattr(header, field) for field in (*LAYOUT_FIELDS, *_HISTORY_FIELDS)}
+    return config_of_layers(options, paths, tensors)
 
 
 def _config_in(model: nn.Module, name: str) -> SpectralConfig:

@@ -42,6 +42,7 @@ def blend_metadata(
         class_word=_joined(header.class_word for header in headers),
         instance_prompt=_shared(header.instance_prompt for header in headers),
         class_prompt=_shared(header.class_prompt for header in headers),
+        title=f"{'blend' if operation == 'sum' else operation} of {', '.join(_called(source) for source in sources)}",
         training={"blend": {"operation": operation, "sources": entries, **details}},
         value_dtype=value_dtype or (stored.pop() if len(stored) == 1 else "float32"),
     )
@@ -54,6 +55,11 @@ def shared_triggers(sources: Iterable[BlendSource]) -> dict[str, list[str]]:
         if source.header.trigger:
             files.setdefault(source.header.trigger, []).append(source.file)
     return {trigger: named for trigger, named in files.items() if len(named) > 1}
+
+
+def _called(source: BlendSource) -> str:
+    name = source.file.removesuffix(".safetensors")
+    return f"{name} {source.weight:g}" if isinstance(source.weight, int | float) else name
 
 
 def _joined(texts: Iterable[str | None]) -> str | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svft_diffusion.algebra.interference import Interference, Meeting
 from svft_diffusion.algebra.interference_report import pair_label
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.whole_files import replace_when_whole
+from svft_diffusion.files.whole_files import check_new_file, replace_when_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,14 +20,13 @@ _MOST_NUMBERED_PAIRS = 6  # beyond, numbers in the cells would not fit
 _LONGEST_LABEL = 44
 
 
-def check_plot(file: Path, *, overwrite: bool) -> None:
-    """Raise `UserError` if `write_plot` could not write ``file``: no matplotlib, no .png, or it is there already."""
+def check_plot(file: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise `UserError` if `write_plot` could not write ``file``, or would write over one of ``inputs``."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib; install it with: pip install 'svft-diffusion[plots]'")
     if file.suffix.lower() != ".png":
         raise UserError(f"the plot {file} must end in .png")
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise UserError(f"{file} is there already; choose another name, or replace it with --overwrite")
+    check_new_file(file, overwrite=overwrite, inputs=inputs)
 
 
 def write_plot(found: Interference, file: Path, *, overwrite: bool = False) -> Path:

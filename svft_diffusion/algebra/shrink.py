@@ -33,6 +33,10 @@ from svft_diffusion.spectral import gated_values
 _LISTED_LAYERS = 8
 
 
+# Toys drawn with adapters that had lost this much were still themselves, with half as much again they were not.
+_LARGE_ERROR = 0.5
+
+
 @dataclass(frozen=True)
 class ShrunkLayer:
     """What became of one layer."""
@@ -65,13 +69,21 @@ class ShrinkReport:
         text = [
             f"kept {totals['numbers_after']:,} of {totals['numbers_before']:,} numbers, "
             f"in {totals['layers_after']} of {totals['layers_before']} layers",
-            f"error {self.error:.2g} of the size of all changes",
+            f"error {self.error:.2g}, relative to all that the adapter changes",
         ]
         losing = sorted((layer for layer in self.layers if layer.error > 0), key=lambda item: -item.norm * item.error)
-        text += [f"  {item.error:.2g} of {item.norm:.2g}  {item.layer}" for item in losing[:_LISTED_LAYERS]]
+        text += ["  error  norm     layer"] if losing else []
+        text += [f"  {item.error:<5.2g}  {item.norm:<7.2g}  {item.layer}" for item in losing[:_LISTED_LAYERS]]
         if len(losing) > _LISTED_LAYERS:
             text.append(f"  and {len(losing) - _LISTED_LAYERS} more layers, which lose less")
         return "\n".join(text)
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know who looks at no figures."""
+        if self.error <= _LARGE_ERROR:
+            return None
+        return f"the error is {self.error:.2g}: little may be left of the subject; draw with it before you share it"
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -41,7 +41,8 @@ def style_mix(
         The geometry blocks.
 
     Raises:
-        UserError: as `combine`; the blocks are not known and not given; or an adapter has no layer where it is needed.
+        UserError: as `combine`; the blocks are not known and not given, or not in the model; or an adapter has no layer
+            where it is needed.
     """
     if geometry == appearance:
         raise UserError("style mixing takes two adapters, one for the geometry and one for the appearance")
@@ -51,6 +52,11 @@ def style_mix(
         raise UserError("style mixing needs the denoiser: a unet or a transformer")
     model = components[component]
     chosen = list(blocks) if blocks is not None else geometry_blocks(model)
+    for block in blocks or ():
+        try:
+            model.get_submodule(block)
+        except AttributeError:
+            raise UserError(f"the {component} has no module {block!r}") from None
     starts = tuple(f"{canonical_name(component, model, block)}." for block in chosen)
     shapes = [layer for layer in adapted_layers(pipe, geometry) if f"{layer}.".startswith(starts)]
     if not shapes:

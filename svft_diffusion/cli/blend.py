@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svft_diffusion.cli.arguments import Parser
+from svft_diffusion.cli.base_model import add_base_flags, base_of, load_base
 from svft_diffusion.errors import UserError
 from svft_diffusion.terminal import json_text, printable
 
@@ -48,30 +49,28 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.adapters import save_adapter
     from svft_diffusion.algebra.blend_metadata import BlendSource, blend_metadata, shared_triggers
     from svft_diffusion.algebra.interference import interference
-    from svft_diffusion.algebra.interference_plot import check_plot, write_plot
+    from svft_diffusion.algebra.interference_plot import write_plot
     from svft_diffusion.algebra.interference_report import report_json
-    from svft_diffusion.files.whole_files import check_output_file
-    from svft_diffusion.sampling.adapter_choice import parse_weighted_file, unique_names
+    from svft_diffusion.sampling.adapter_choice import file_label, parse_weighted_files, unique_names
 
-    files = [parse_weighted_file(text) for text in options.adapters]
-    _check_files(options.adapters, files)
+    files = parse_weighted_files(options.adapters)
     weights = _weights(files, options)
-    if options.output is not None:
-        check_output_file(options.output, overwrite=options.overwrite, inputs=[file.file for file in files])
-    if options.plot is not None:
-        check_plot(options.plot, overwrite=options.overwrite)
+    _check_outputs([file.file for file in files], weights, options)
     pipe, base_name, loaded = _loaded(files, options)
     by_name = {adapter.name: weight for adapter, weight in zip(loaded, weights, strict=True)}
     found = interference(pipe, {name: weight for name, weight in by_name.items() if weight != 0})
     if options.balance:
         by_name |= found.balancing
-    sources = [BlendSource(_file_name(item.file), item.sha256, item.header, by_name[item.name]) for item in loaded]
+        found = replace(interference(pipe, found.balancing), balancing=found.balancing)
+    if options.style_mix:
+        found = replace(found, clipping=None)  # no layer has a sum
+    sources = [BlendSource(file_label(item.file), item.sha256, item.header, by_name[item.name]) for item in loaded]
     result: dict[str, Any] = {"interference": report_json(found), "weights": by_name}
     if options.output is not None:
         name = unique_names([*by_name, "blend"])[-1]
         details = _combine(pipe, by_name, name, options)
         operation = "style mix" if options.style_mix else "sum"
-        metadata = blend_metadata(sources, operation, base_name=base_name, value_dtype=options.value_dtype, **details)
+        metadata = blend_metadata(sources, operation, base_name=base_name, value_dtype=options.dtype, **details)
         save_adapter(pipe, name, options.output, metadata=metadata)
         result |= {"output": str(options.output), "bytes": options.output.stat().st_size, **details}
     if options.plot is not None:
@@ -82,11 +81,16 @@ def run(argv: Sequence[str]) -> None:
     _show(result, found, sources, options)
 
 
-def _check_files(texts: Sequence[str], files: Sequence[WeightedFile]) -> None:
-    """Refuse a weight that stands alone."""
-    for text, file in zip(texts, files, strict=True):
-        if re.fullmatch(r"[-+]?[\d.]+", text) and not file.file.exists():
-            raise UserError(f"{text} is no adapter file; a weight follows a colon, as in FILE:{text}")
+def _check_outputs(files: Sequence[Path], weights: Sequence[AdapterWeight], options: argparse.Namespace) -> None:
+    from svft_diffusion.algebra.interference_plot import check_plot
+    from svft_diffusion.files.whole_files import check_output_file
+
+    if options.output is not None:
+        check_output_file(options.output, overwrite=options.overwrite, inputs=files)
+    if options.plot is not None:
+        check_plot(options.plot, overwrite=options.overwrite, inputs=files)
+        if sum(weight != 0 for weight in weights) == 1:
+            raise UserError("a plot compares adapters, and there is only one")
 
 
 def _loaded(
@@ -96,18 +100,22 @@ def _loaded(
     from svft_diffusion.adapters import load_adapter
     from svft_diffusion.algebra.layout import check_methods
     from svft_diffusion.files import read_header
-    from svft_diffusion.models import base_display_name, load_pipeline
+    from svft_diffusion.models import base_display_name
     from svft_diffusion.sampling.adapter_choice import AdapterChoice, check_adapters
 
     headers = {str(file.file): read_header(file.file) for file in files}
     if options.output is not None:
         check_methods({file: header.method for file, header in headers.items() if header.train_values})
-    base = options.base or _common_base({file: header.base.name for file, header in headers.items()}, options)
-    checked = check_adapters([AdapterChoice(file.file) for file in files], base, on_mismatch=options.on_mismatch)
-    pipe = load_pipeline(base)
+    base = base_of([file.file for file in files], options)
+    choices = [AdapterChoice(file.file) for file in files]
+    checked = check_adapters(choices, base, variant=options.variant, on_mismatch=options.on_mismatch)
+    pipe = load_base(base, options)
     for adapter in checked:
         load_adapter(pipe, adapter.file, adapter.name, on_mismatch=options.on_mismatch)
-    return pipe, base_display_name(base), checked
+    names = {header.base.name for header in headers.values()}
+    # The base of the training may be a folder here, while the files know its name on the Hub.
+    known = len(names) == 1 and options.on_mismatch == "error"
+    return pipe, names.pop() if known else base_display_name(base), checked
 
 
 def _weights(files: Sequence[WeightedFile], options: argparse.Namespace) -> list[AdapterWeight]:
@@ -139,26 +147,6 @@ def _weights(files: Sequence[WeightedFile], options: argparse.Namespace) -> list
     return [file.weight for file in files]
 
 
-def _file_name(file: Path) -> str:
-    """A name that tells the file from others; the trainer gives all of its files one name."""
-    from svft_diffusion.files.training_folder import ADAPTER_FILE
-    from svft_diffusion.sampling.adapter_choice import adapter_label
-
-    return adapter_label(file) if file.name == ADAPTER_FILE else file.name
-
-
-def _common_base(names: Mapping[str, str], options: argparse.Namespace) -> str:
-    """The base that the files name; with ``--on_mismatch align`` or ``force`` that of the first."""
-    file, base = next(iter(names.items()))
-    for other, name in names.items():
-        if name != base and options.on_mismatch == "error":
-            raise UserError(
-                f"{file} was trained on {base}, {other} on {name}: name the base for both with --base, "
-                "and with --on_mismatch align adapters of a similar one are fitted to it"
-            )
-    return base
-
-
 def _combine(
     pipe: object, weights: Mapping[str, AdapterWeight], name: str, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -188,7 +176,9 @@ def _show(
     if options.plot is not None:
         print(f"wrote {options.plot}")
     if options.output is not None:
-        blended = ", ".join(f"{printable(source.file)} {weight_text(source.weight)}" for source in sources)
+        weights = [weight_text(source.weight) for source in sources]
+        roles = ["as geometry", "as appearance"] if options.style_mix else weights
+        blended = ", ".join(f"{printable(source.file)} {role}" for source, role in zip(sources, roles, strict=True))
         print(f"wrote {options.output} ({result['bytes'] / 1000:.1f} kB): {blended}")
 
 
@@ -209,15 +199,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--balance", action="store_true", help="scale the weights so that equal ones mean updates of equal size"
     )
-    parser.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the files name)")
-    parser.add_argument(
-        "--on_mismatch", choices=("error", "align", "force"), default="error",
-        help="what to do with another base than an adapter was trained on (default: error)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument("--report", action="store_true", help="show how the adapters interfere, write no adapter")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write that report as a picture")
     parser.add_argument(
-        "--value_dtype", choices=("float32", "float16"), help="of the numbers in the file (default: as in the sources)"
+        "--dtype", choices=("float32", "float16"), help="of the values in the file (default: as in the sources)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from svft_diffusion.cli.arguments import Parser
+from svft_diffusion.cli.base_model import add_base_flags, base_of, load_base
+from svft_diffusion.terminal import json_text
 
 _DESCRIPTION = """\
 Write an adapter as a LoRA file that other tools read without this package.
@@ -20,7 +21,7 @@ Write an adapter as a LoRA file that other tools read without this package.
 Printed: for each layer and in total the relative error of the file as written, and what it could not hold.
 """
 _EPILOG = """example:
-  svft-diffusion export outputs/robot/adapter.safetensors --base toybox --rank full -o robot-lora.safetensors
+  svft-diffusion export outputs/robot/adapter.safetensors --rank full -o robot-lora.safetensors
 """
 
 
@@ -40,16 +41,15 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.files import read_header
     from svft_diffusion.files.training_folder import adapter_file
     from svft_diffusion.files.whole_files import check_output_file
-    from svft_diffusion.models.loading import load_pipeline
     from svft_diffusion.sampling.adapter_choice import check_adapter
 
     check_arguments(options.format, options.rank, options.strength, options.dtype)
     file = adapter_file(options.file)
     check_output_file(options.output, overwrite=options.overwrite, inputs=[file])
     header = read_header(file)
-    if options.on_mismatch == "error":
-        check_adapter(file, options.base, name="exported")  # before the model is loaded
-    pipeline = load_pipeline(options.base, revision=options.revision, variant=options.variant)
+    base = base_of([file], options)
+    check_adapter(file, base, name="exported", variant=options.variant, on_mismatch=options.on_mismatch)
+    pipeline = load_base(base, options)
     load_adapter(pipeline, file, "exported", on_mismatch=options.on_mismatch)
     exported = export_lora(
         pipeline,
@@ -64,27 +64,19 @@ def run(argv: Sequence[str]) -> None:
     )
     size = written.stat().st_size
     if options.json:
-        described_file = {"file": str(written), "bytes": size, "left_out_tokens": header.tokens}
-        print(json.dumps({**described_file, **exported.report.to_json()}, indent=2))
+        described_file = {"output": str(written), "bytes": size, "left_out_tokens": header.tokens}
+        print(json_text({**described_file, **exported.report.to_json()}))
         return
     print(exported.report)
     for component, tokens in sorted(header.tokens.items()):
         print(f"left out: tokens that {component} learned ({', '.join(tokens)}): a LoRA has no place for new tokens")
-    print(f"{written}: {size / 1000:.1f} kB")
+    print(f"wrote {written} ({size / 1000:.1f} kB)")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="svft-diffusion export", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("file", type=Path, metavar="FILE", help="the adapter, or the folder it was trained into")
-    parser.add_argument(
-        "--base", required=True, metavar="MODEL", help="the base model: toybox, a diffusers folder, or a Hub name"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    parser.add_argument("--variant", help="file variant of the base model, such as fp16")
-    parser.add_argument(
-        "--on_mismatch", choices=("error", "align", "force"), default="error",
-        help="what to do with another base than the adapter was trained on (default: error)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument(
         "--format", choices=("kohya", "diffusers", "comfy-full"), default="kohya", help="see above (default: kohya)"
     )

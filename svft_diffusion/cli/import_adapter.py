@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from svft_diffusion.cli.arguments import Parser
+from svft_diffusion.cli.base_model import add_version_flags
+from svft_diffusion.terminal import json_text
 
 _DESCRIPTION = """Turn an adapter of another tool into an adapter file.
 
@@ -41,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
 
     check_output_file(output, overwrite=options.overwrite, inputs=files)
     recognised(files)  # before the base is loaded, which may take minutes
-    pipe = load_pipeline(options.base)
+    pipe = load_pipeline(options.base, revision=options.revision, variant=options.variant)
     report = import_adapter(pipe, files, pattern=options.pattern, off_diagonals=options.off_diagonals)
     metadata = AdapterMetadata(
         base_name=base_display_name(options.base),
@@ -51,10 +52,11 @@ def run(argv: Sequence[str]) -> None:
         training={"imported_from": report.source, "import_error": report.error},
     )
     save_adapter(pipe, report.adapter, output, metadata=metadata)
+    size = output.stat().st_size
     if options.json:
-        print(json.dumps({**report.to_json(), "output": str(output)}, indent=2))
+        print(json_text({"output": str(output), "bytes": size, **report.to_json()}))
     else:
-        print("\n".join([*report.lines(), f"wrote {output} ({output.stat().st_size} bytes)"]))
+        print("\n".join([*report.lines(), f"wrote {output} ({size / 1000:.1f} kB)"]))
 
 
 def _parser() -> Parser:
@@ -62,10 +64,16 @@ def _parser() -> Parser:
 
     parser = Parser(prog="svft-diffusion import", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one file, or one for each component")
-    parser.add_argument("--base", required=True, help="the base model that the files were trained on: folder or name")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the adapter file to write")
+    parser.add_argument(
+        "--base", required=True, metavar="MODEL",
+        help="the base model that the files were trained on: toybox, a diffusers folder, or a Hub name",
+    )  # fmt: skip
+    add_version_flags(parser)
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT.safetensors", help="the adapter file to write"
+    )
     parser.add_argument("--pattern", choices=PATTERNS, help="entries to keep (default for a LoRA: random, the largest)")
     parser.add_argument("--off_diagonals", type=int, help="width of the pattern (default: 2)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

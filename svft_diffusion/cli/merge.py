@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svft_diffusion.cli.arguments import Parser
+from svft_diffusion.cli.base_model import add_base_flags, base_of, load_base
 from svft_diffusion.errors import UserError
 from svft_diffusion.terminal import json_text
 
@@ -28,7 +29,6 @@ _EPILOG = """examples:
   svft-diffusion merge outputs/robot/adapter.safetensors:0.8 -o robot-model
   svft-diffusion merge dog.safetensors style.safetensors:unet=0.5 --base MODEL -o dog-model.safetensors
 """
-_NAME_THE_BASE = "say with --base where the base model is"
 
 
 def run(argv: Sequence[str]) -> None:
@@ -45,15 +45,20 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.exchange.merging import DTYPES, merge_adapters, stored_dtypes
     from svft_diffusion.exchange.single_file_names import check_single_file_layout
     from svft_diffusion.models import base_display_name
-    from svft_diffusion.sampling.adapter_choice import AdapterChoice, check_adapters, parse_weighted_file
+    from svft_diffusion.sampling.adapter_choice import (
+        AdapterChoice,
+        check_adapters,
+        file_label,
+        parse_weighted_files,
+    )
 
-    given = [parse_weighted_file(text) for text in options.adapters]
+    given = parse_weighted_files(options.adapters)
     files = [item.file for item in given]
-    base: str = options.base or _common_base(files)
+    base = base_of(files, options)
     _check_output(options.output, base, files, overwrite=options.overwrite)
     choices = [AdapterChoice(file) for file in files]
     adapters = check_adapters(choices, base, variant=options.variant, on_mismatch=options.on_mismatch)
-    pipeline = _load(base, options)
+    pipeline = load_base(base, options)
     if _is_single_file(options.output):
         check_single_file_layout(pipeline)  # before the adapters, which take a while
     for adapter in adapters:
@@ -64,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
         dtypes = dict.fromkeys(dtypes, DTYPES[options.dtype])
     layers = merge_adapters(pipeline, dtypes)
     ingredients = [
-        Ingredient(adapter.file.name, adapter.sha256, item.weight, adapter.header)
+        Ingredient(file_label(adapter.file), adapter.sha256, item.weight, adapter.header)
         for adapter, item in zip(adapters, given, strict=True)
     ]
     _write(pipeline, base, ingredients, options)
@@ -80,15 +85,6 @@ def run(argv: Sequence[str]) -> None:
         "merged_from": [ingredient.to_json() for ingredient in ingredients],
     }
     print(json_text(report) if options.json else _summary(report))
-
-
-def _load(base: str, options: argparse.Namespace) -> DiffusionPipeline:
-    from svft_diffusion.models import load_pipeline
-
-    try:
-        return load_pipeline(base, revision=options.revision, variant=options.variant)
-    except UserError as problem:
-        raise problem if options.base is not None else UserError(f"{problem}; {_NAME_THE_BASE}") from problem
 
 
 def _write(
@@ -115,7 +111,7 @@ def _summary(report: Mapping[str, Any]) -> str:
     ]
     if tokens := report["left_out_tokens"]:
         lines.append(f"left out: the learned tokens {', '.join(tokens)}; write prompts without them")
-    lines.append(f"{report['output']}: {report['bytes'] / 1e6:.1f} MB")
+    lines.append(f"wrote {report['output']} ({report['bytes'] / 1e6:.1f} MB)")
     return "\n".join(lines)
 
 
@@ -137,41 +133,18 @@ def _check_output(output: Path, base: str, files: Sequence[Path], *, overwrite: 
     check_output_folder(output, overwrite=overwrite, inputs=[*files, *([folder] if folder.is_dir() else [])])
 
 
-def _common_base(files: Sequence[Path]) -> str:
-    """The base model that all files name. Of a folder, which may be another machine's, they know the last part."""
-    from svft_diffusion.files import read_header
-    from svft_diffusion.models.loading import resolve_base
-
-    names = list(dict.fromkeys(read_header(file).base.name for file in files))
-    if len(names) > 1:
-        raise UserError(f"the adapters were trained on {' and '.join(names)}; {_NAME_THE_BASE}")
-    try:
-        resolve_base(names[0])
-    except UserError as problem:
-        raise UserError(f"{problem}; {_NAME_THE_BASE}") from problem
-    return names[0]
-
-
 def _parser() -> Parser:
     parser = Parser(prog="svft-diffusion merge", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument(
         "adapters", nargs="+", metavar="FILE[:WEIGHT]",
         help="an adapter or the folder it was trained into, and its weight: a number, or unet=0.7,te=0.3 (default: 1)",
     )  # fmt: skip
-    parser.add_argument(
-        "--base", metavar="MODEL", help="toybox, a diffusers folder, or a Hub name (default: what the adapters name)"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    parser.add_argument("--variant", help="file variant of the base model, such as fp16")
-    parser.add_argument(
-        "--on_mismatch", choices=("error", "align", "force"), default="error",
-        help="what to do with another base than an adapter was trained on (default: error)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"),
         help="of the output's weights (default: of each component, that of the base's files)",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder or .safetensors file")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
-    parser.add_argument("--json", action="store_true", help="print a report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

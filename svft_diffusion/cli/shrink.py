@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from svft_diffusion.cli.arguments import Parser
-from svft_diffusion.errors import UserError
+from svft_diffusion.cli.base_model import add_base_flags, base_of, load_base
+from svft_diffusion.terminal import json_text
 
 _DESCRIPTION = """\
 Keep the part of an adapter that matters most, in a smaller file.
@@ -40,23 +42,20 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.files import metadata_of, read_adapter
     from svft_diffusion.files.training_folder import adapter_file
     from svft_diffusion.files.whole_files import check_output_file
-    from svft_diffusion.models.loading import load_pipeline
+    from svft_diffusion.models import base_display_name
     from svft_diffusion.sampling.adapter_choice import check_adapter
 
     check_amount(options.keep, options.size, options.energy)
     file = adapter_file(options.file)
     check_output_file(options.output, overwrite=options.overwrite, inputs=[file])
     header, tensors = read_adapter(file)
-    base: str = options.base or header.base.name
-    try:
-        check_adapter(file, base, name="whole", variant=options.variant, on_mismatch=options.on_mismatch)
-        pipeline = load_pipeline(base, revision=options.revision, variant=options.variant)
-    except UserError as problem:
-        raise (
-            problem if options.base is not None else UserError(f"{problem}; --base says where the base is")
-        ) from problem
+    base = base_of([file], options)
+    check_adapter(file, base, name="whole", variant=options.variant, on_mismatch=options.on_mismatch)
+    pipeline = load_base(base, options)
     load_adapter(pipeline, file, "whole", on_mismatch=options.on_mismatch)
     metadata = metadata_of(header)
+    if options.on_mismatch != "error":  # the result stands on this base now
+        metadata = replace(metadata, base_name=base_display_name(base))
     report = shrink_adapter(
         pipeline, "whole", "shrunk", keep=options.keep, size=options.size, energy=options.energy, metadata=metadata
     )
@@ -65,12 +64,17 @@ def run(argv: Sequence[str]) -> None:
         add_tokens(pipeline, "shrunk", tokens_in(header.tokens, tensors))
     save_adapter(pipeline, "shrunk", options.output, metadata=metadata)
     before, after = file.stat().st_size, options.output.stat().st_size
+    larger = (
+        "the file did not become smaller: each value now stands beside its position, which takes 4 bytes; keep less"
+    )
+    for warning in filter(None, (larger if after >= before else None, report.warning)):
+        print(f"warning: {warning}", file=sys.stderr)
     if options.json:
-        written = {"file": str(options.output), "bytes_before": before, "bytes": after}
-        print(json.dumps({**written, **report.to_json()}, indent=2))
+        written = {"output": str(options.output), "bytes": after, "bytes_before": before}
+        print(json_text({**written, **report.to_json()}))
         return
     print(report)
-    print(f"{options.output}: {after / 1000:.1f} kB, was {before / 1000:.1f} kB")
+    print(f"wrote {options.output} ({after / 1000:.1f} kB, was {before / 1000:.1f} kB)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,13 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep as few as hold this part of the squared norm of all changes, such as 0.99; the error is "
         "sqrt(1 - PART)",
     )  # fmt: skip
-    parser.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the file names)")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    parser.add_argument("--variant", help="file variant of the base model, such as fp16")
-    parser.add_argument(
-        "--on_mismatch", choices=("error", "align", "force"), default="error",
-        help="what to do with another base than the adapter was trained on (default: error)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="what to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

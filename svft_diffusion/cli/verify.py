@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svft_diffusion.cli.arguments import Parser
+from svft_diffusion.cli.base_model import add_version_flags
 from svft_diffusion.errors import UserError
 from svft_diffusion.terminal import json_text, printable
 
@@ -57,7 +58,6 @@ def _parser() -> Parser:
         "files", nargs="+", type=Path, metavar="FILE", help="an adapter, a picture that carries one, or its folder"
     )
     parser.add_argument("--base", metavar="MODEL", help="a base model: toybox, a diffusers folder, or a Hub name")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    parser.add_argument("--variant", help="file variant of the base model, such as fp16")
+    add_version_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser

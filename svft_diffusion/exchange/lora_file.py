@@ -16,7 +16,7 @@ def write_lora(
 ) -> Path:
     """Write an export, whole or not at all; equal exports under one name give equal bytes.
 
-    The file's own name, less its ending, is the title that tools show.
+    The file's own name, less its ending, is the name that tools show; its title too, where ``described`` has none.
 
     Args:
         described: more header entries, see `svft_diffusion.exchange.lora_metadata.described`.
@@ -28,9 +28,9 @@ def write_lora(
     check_output_file(file, overwrite=overwrite)
     metadata = {
         **exported.metadata,
-        **(described or {}),
-        "ss_output_name": file.stem,
         "modelspec.title": file.stem,
+        **(described or {}),
+        "ss_output_name": file.stem,  # the name by which prompts of web interfaces call the file
     }
     content = container_bytes(exported.tensors, metadata | hashes(exported.tensors, metadata))
     with replace_when_whole(file) as unfinished:

@@ -6,7 +6,7 @@ import json
 
 from svft_diffusion.exchange.lora_keys import Format
 from svft_diffusion.files.header import AdapterHeader
-from svft_diffusion.files.model_spec import MODEL_SPEC, base_version, model_config
+from svft_diffusion.files.model_spec import MODEL_SPEC, base_version, model_config, trigger_phrase
 from svft_diffusion.version import __version__
 
 _IMPLEMENTATION = "https://github.com/huggingface/diffusers"  # whose names of layers the file follows
@@ -52,8 +52,10 @@ def described(header: AdapterHeader, strength: float) -> dict[str, str]:
             f"pattern {header.pattern}, at strength {strength:g}; trained on {header.base.name}"
         ),
     }
-    if header.trigger:
-        metadata["modelspec.trigger_phrase"] = header.trigger
+    if header.title:
+        metadata["modelspec.title"] = header.title
+    if phrase := trigger_phrase(header):
+        metadata["modelspec.trigger_phrase"] = phrase
     if header.suggested_strength != 1:
         metadata["modelspec.usage_hint"] = f"suggested weight {header.suggested_strength / strength:g}"
     return metadata

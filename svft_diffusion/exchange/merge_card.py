@@ -95,14 +95,14 @@ def merged_metadata(
     }
     triggers = _unique(item.header.trigger for item in ingredients if item.header.trigger)
     if triggers:
-        metadata["modelspec.trigger_phrase"] = printable(", ".join(triggers))
+        metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
     prediction = model_config(pipeline, "scheduler").get("prediction_type")
     if prediction in ("epsilon", "v_prediction"):
         metadata["modelspec.prediction_type"] = prediction.removesuffix("_prediction")
     version = base_version(pipeline)
     if version is not None:
         metadata |= {"modelspec.architecture": version.architecture, "modelspec.resolution": version.resolution}
-    return metadata
+    return {key: printable(text) for key, text in metadata.items()}  # file names may hold bytes that are no text
 
 
 def _prompts(ingredients: Sequence[Ingredient]) -> list[str]:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.whole_files import check_writable
+from svft_diffusion.files.whole_files import allow_as_usual, check_writable
 from svft_diffusion.models.loading import without_loading_bars
 
 CARD_FILE = "README.md"
@@ -58,6 +58,7 @@ def write_pipeline_folder(pipeline: DiffusionPipeline, folder: Path, *, card: st
         with without_loading_bars():
             pipeline.save_pretrained(unfinished)
         (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        allow_as_usual([entry for entry in unfinished.rglob("*") if entry.is_file()], unfinished)
         _replace(target, unfinished)
     except (OSError, SafetensorError) as problem:
         raise UserError(f"can't write {folder}: {getattr(problem, 'strerror', None) or problem}") from problem

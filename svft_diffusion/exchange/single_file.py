@@ -17,7 +17,7 @@ from torch import nn
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.single_file_names import WRITTEN_COMPONENTS, original_tensors
-from svft_diffusion.files.whole_files import check_output_file
+from svft_diffusion.files.whole_files import allow_as_usual, check_output_file
 from svft_diffusion.models.loading import without_loading_bars
 
 
@@ -49,6 +49,7 @@ def write_single_file(
             del tensors
             _check_read_back(pipeline, unfinished)
             gc.collect()  # nor does it move one
+            allow_as_usual([unfinished], Path(folder))
             os.replace(unfinished, file)
     except (OSError, SafetensorError) as problem:
         raise UserError(f"can't write {file}: {getattr(problem, 'strerror', None) or problem}") from problem

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.basis_records import LayerBasis, unpack_bases
-from svft_diffusion.files.carrier import PNG_SIGNATURE, adapter_in_png
+from svft_diffusion.files.carrier import content_of_adapter
 from svft_diffusion.files.container import (
     Container,
     container_bytes,
@@ -35,7 +36,7 @@ from svft_diffusion.files.container import (
     read_container,
     tensor_bytes,
 )
-from svft_diffusion.files.header import AdapterHeader, header_from_json, header_to_json
+from svft_diffusion.files.header import VALUE_DTYPES, AdapterHeader, header_from_json, header_to_json
 from svft_diffusion.files.model_spec import THUMBNAIL_KEY, shown_metadata, thumbnail_bytes
 from svft_diffusion.files.names import TEXT_ENCODERS, split_canonical_name
 from svft_diffusion.files.tensor_names import (
@@ -53,8 +54,7 @@ from svft_diffusion.files.whole_files import replace_when_whole
 METADATA_KEY = "svft_diffusion"
 DIGEST_KEY = "svft_diffusion.digest"
 
-_VALUE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_NAMES = {"float32": "F32", "float16": "F16"}
+_STORED_AS = {"float32": "F32", "float16": "F16"}  # what the container calls them
 
 
 def write_adapter(file: str | Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Path:
@@ -74,8 +74,6 @@ def write_adapter(file: str | Path, header: AdapterHeader, tensors: Mapping[str,
 
 def adapter_bytes(header: AdapterHeader, tensors: Mapping[str, Tensor], *, label: str = "the adapter") -> bytes:
     """What `write_adapter` writes. ``label`` is what messages call it. Raises as `write_adapter`."""
-    if header.value_dtype not in _VALUE_DTYPES:
-        raise UserError(f"values can be stored as {', '.join(_VALUE_DTYPES)}, not as {header.value_dtype!r}")
     contents = {name: stored_tensor(name, tensor, header.value_dtype) for name, tensor in tensors.items()}
     for name, tensor in contents.items():
         _check_type(label, header, name, dtype_name(tensor), tuple(tensor.shape))
@@ -83,7 +81,8 @@ def adapter_bytes(header: AdapterHeader, tensors: Mapping[str, Tensor], *, label
             raise UserError(f"{label}: {name!r} has a value too large for float16; store it as float32")
     _check_contents(label, header, contents)
     text = header_to_json(header)
-    plain = header_from_json(label, text, header.thumbnail)  # as a reader sees it: without folders
+    # As a reader sees it: without folders.
+    plain = replace(header_from_json(label, text), thumbnail=header.thumbnail)
     try:
         metadata = {METADATA_KEY: text, **shown_metadata(plain, contents)}
     except ValueError as problem:
@@ -143,12 +142,7 @@ def bases_of(tensors: Mapping[str, Tensor]) -> dict[str, LayerBasis]:
 
 
 def _container_of(data: bytes, label: str) -> Container:
-    if data.startswith(PNG_SIGNATURE):
-        carried = adapter_in_png(data, label)
-        if carried is None:
-            raise UserError(f"{label} is a picture that carries no adapter")
-        data = carried
-    return read_container(data, label)
+    return read_container(content_of_adapter(data, label), label)
 
 
 def _header_of(label: str, container: Container) -> AdapterHeader:
@@ -158,11 +152,11 @@ def _header_of(label: str, container: Container) -> AdapterHeader:
             f"{label} is not an svft_diffusion adapter: `svft-diffusion import` turns a LoRA, SVDiff or SVFT file into "
             "one, and pipe.load_lora_weights loads a LoRA as it is"
         )
+    header = header_from_json(label, metadata[METADATA_KEY])  # first: a later format may have other thumbnails
     try:
         thumbnail = thumbnail_bytes(metadata.get(THUMBNAIL_KEY))
     except ValueError as problem:
         raise UserError(f"{label} has a damaged header: {problem}") from problem
-    header = header_from_json(label, metadata[METADATA_KEY], thumbnail)
     others = {key: text for key, text in metadata.items() if key != DIGEST_KEY}
     parts = (
         (name, container.entries[name].dtype, container.entries[name].shape, container.bytes_of(name))
@@ -173,13 +167,19 @@ def _header_of(label: str, container: Container) -> AdapterHeader:
             f"{label} does not hold what was written into it (its digest differs): it was damaged, or changed by "
             "another program; get it again"
         )
-    return header
+    return replace(header, thumbnail=thumbnail)
 
 
 def stored_tensor(name: str, tensor: Tensor, value_dtype: str) -> Tensor:
-    """The tensor as a file with ``value_dtype`` holds it: what was trained in that dtype, the rest as it is."""
+    """The tensor as a file with ``value_dtype`` holds it: what was trained in that dtype, the rest as it is.
+
+    Raises:
+        UserError: values can't be stored in that dtype.
+    """
+    if value_dtype not in VALUE_DTYPES:
+        raise UserError(f"values can be stored as {', '.join(VALUE_DTYPES)}, not as {value_dtype!r}")
     trained = name.rpartition(".")[2] in (*TRAINED_PARTS, TOKENS) and tensor.is_floating_point()
-    return tensor.detach().cpu().to(_VALUE_DTYPES[value_dtype] if trained else tensor.dtype)
+    return tensor.detach().cpu().to(getattr(torch, value_dtype) if trained else tensor.dtype)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _widened(tensor: Tensor) -> Tensor:
 def _check_type(label: str, header: AdapterHeader, name: str, dtype: str, shape: Sequence[int]) -> None:
     """Refuse a tensor by what the table of contents says of it."""
     component, _, part = name.rpartition(".")
-    wanted, dimensions, kind = _NAMES[header.value_dtype], 1, f"one row of {header.value_dtype} values"
+    wanted, dimensions, kind = _STORED_AS[header.value_dtype], 1, f"one row of {header.value_dtype} values"
     if name == SKETCH:
         wanted, kind = "U8", "one row of bytes"
     elif is_tokens(name):

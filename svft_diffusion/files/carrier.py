@@ -102,12 +102,16 @@ def file_of_adapter(file: Path) -> bytes:
     Raises:
         UserError: it can't be read, or is a picture without an adapter, with several, or damaged.
     """
-    data = read_bytes(file)
+    return content_of_adapter(read_bytes(file), str(file))
+
+
+def content_of_adapter(data: bytes, label: str) -> bytes:
+    """`file_of_adapter` for what was read already; ``label`` is what messages call it."""
     if not data.startswith(PNG_SIGNATURE):
         return data
-    content = adapter_in_png(data, str(file))
+    content = adapter_in_png(data, label)
     if content is None:
-        raise UserError(f"{file} is a picture that carries no adapter")
+        raise UserError(f"{label} is a picture that carries no adapter")
     return content
 
 

@@ -4,7 +4,7 @@ A file is the length of the header (uint64, little endian), the header (JSON: te
 ``__metadata__`` with text entries), and the tensors' bytes without gaps. See
 https://github.com/huggingface/safetensors#format. The safetensors library reads the tensors; what it lets pass and an
 adapter file must not hold is refused here first: names that stand twice, headers and tables larger than any adapter
-needs, other types than we write, bytes that belong to no tensor. The library writes the entries of ``__metadata__`` in
+needs, types of parts of a byte, bytes that belong to no tensor. The library writes the entries of ``__metadata__`` in
 an order that changes from run to run, so the header is written here.
 """
 
@@ -37,8 +37,13 @@ _ALIGNMENT = 8  # of the tensors' bytes in the file, as the format asks for
 # JSON of many small lists and objects takes 50 times its own size in memory; a header of ours has 4 marks a tensor.
 _LARGEST_NUMBER_OF_MARKS = 400_000
 _MARKS = b"[]{},:"
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# In the order in which the safetensors library writes them: large elements first, so that all are aligned.
+_DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+# Bytes of an element. Also of types that no adapter has: a LoRA, or a file of a later format, is to be called that.
+_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 _LONGEST_NAME = 512
 _DEEPEST = 32  # lists and objects in one another
 _LARGEST_COUNT = 2**48  # what no file has, and products of which stay exact
@@ -172,11 +177,11 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def container_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of ``tensors`` (CPU), in the order of their names. Equal input gives equal bytes."""
+    """A safetensors file of ``tensors`` (CPU), in the order of `names_in_file`. Equal input gives equal bytes."""
     contents: dict[str, object] = {METADATA: dict(metadata)}
     parts = []
     offset = 0
-    for name in sorted(tensors):
+    for name in names_in_file(tensors):
         part = tensor_bytes(tensors[name])
         end = offset + len(part)
         contents[name] = {
@@ -189,6 +194,12 @@ def container_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     header = json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     return b"".join([_LENGTH.pack(len(header)), header, *parts])
+
+
+def names_in_file(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order in which the tensors lie in a file: by dtype, then by name."""
+    dtypes = list(_DTYPES)
+    return sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
 
 
 def content_digest(parts: Iterable[tuple[str, str, Sequence[int], memoryview]], metadata: Mapping[str, str]) -> str:

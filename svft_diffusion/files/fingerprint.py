@@ -22,6 +22,7 @@ from svft_diffusion.files.stored_weight import stored_weight
 from svft_diffusion.files.weight_digests import (
     BaseDigests,
     Matches,
+    WeightDigest,
     agreement,
     digest_of_weight,
     digests_of_base,
@@ -48,12 +49,12 @@ def digests_of_pipeline(pipe: object, names: Iterable[str]) -> BaseDigests:
     """
     layers = _layers_of(pipe, names)
 
-    def digest(position: int) -> object:
+    def digest(position: int) -> WeightDigest:
         model, path, live = layers[position]
         finer = stored_weight(model, path, live)
         return digest_of_weight(live if finer is None else finer)
 
-    return digests_of_base(_in_threads(digest, len(layers)))  # type: ignore[arg-type]
+    return digests_of_base(_in_threads(digest, len(layers)))
 
 
 def matches_of_pipeline(pipe: object, names: Iterable[str], trained: BaseDigests) -> Matches:
@@ -111,12 +112,18 @@ def check_base(header: AdapterHeader, matches: Matches, base_name: str, *, adapt
     Raises:
         UserError: the message names both bases, how much of them agrees, and the way out.
     """
-    if matches.all:
-        return
-    raise UserError(
+    if not matches.all:
+        raise UserError(
+            f"{both_bases(header, matches, base_name, adapter=adapter)}; give it the base {header.base.name}, or "
+            '--on_mismatch align (on_mismatch="align") if this is a slightly other copy of that'
+        )
+
+
+def both_bases(header: AdapterHeader, matches: Matches, base_name: str, *, adapter: str) -> str:
+    """One line on the base of the training, the one at hand, and how much of them agrees."""
+    return (
         f"{adapter} was trained on the base {header.base.name} (fingerprint {header.base.short_fingerprint}), but the "
-        f"loaded base is {base_name}: {matches}; give it the base {header.base.name}, or "
-        "on_mismatch align if this is a slightly other copy of that"
+        f"loaded base is {base_name}: {matches}"
     )
 
 

@@ -125,14 +125,19 @@ class AdapterHeader:
         return self.pattern in ("random", "top_k", "listed") or self.select == "random"
 
 
+def makers_fields(said: AdapterMetadata | AdapterHeader) -> dict[str, Any]:
+    """The fields that a header takes from what the maker of an adapter says, as they are."""
+    shared = {item.name for item in dataclasses.fields(AdapterMetadata)}
+    return {item.name: getattr(said, item.name) for item in dataclasses.fields(AdapterHeader) if item.name in shared}
+
+
 def metadata_of(header: AdapterHeader) -> AdapterMetadata:
     """What the maker of an adapter said, to save it again with. The digests are taken from the base at hand."""
-    fields = {item.name for item in dataclasses.fields(AdapterMetadata)} & vars(header).keys()
     return AdapterMetadata(
         base_name=header.base.name,
         base_family=header.base.family,
         base_architecture=header.base.architecture,
-        **{name: getattr(header, name) for name in fields},
+        **makers_fields(header),
     )
 
 
@@ -155,8 +160,8 @@ def header_to_json(header: AdapterHeader) -> str:
     return json.dumps(_without_folders(fields), sort_keys=True, ensure_ascii=True, allow_nan=False)
 
 
-def header_from_json(label: str, text: str, thumbnail: bytes | None = None) -> AdapterHeader:
-    """The header that the file called ``label`` holds as ``text``.
+def header_from_json(label: str, text: str) -> AdapterHeader:
+    """The header that the file called ``label`` holds as ``text``; the thumbnail is not in it.
 
     A field that this version does not know is passed over: what would change the meaning of a file comes with a
     higher format version.
@@ -170,7 +175,7 @@ def header_from_json(label: str, text: str, thumbnail: bytes | None = None) -> A
         base_fields = _known_fields(BaseModel, fields["base"])
         base = BaseModel(**{**base_fields, "digests": digests_from_json(base_fields["digests"])})
         strength_range = tuple(fields.get("strength_range", (0.0, 1.0)))
-        known = {**_known_fields(AdapterHeader, fields), "strength_range": strength_range, "thumbnail": thumbnail}
+        known = {**_known_fields(AdapterHeader, fields), "strength_range": strength_range, "thumbnail": None}
         header = AdapterHeader(**{**known, "base": base})
         _check_field_types(header)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as problem:

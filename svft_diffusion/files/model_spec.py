@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from svft_diffusion.files.container import container_bytes, tensor_bytes
+from svft_diffusion.files.container import container_bytes, names_in_file, tensor_bytes
 from svft_diffusion.files.header import AdapterHeader
 
 MODEL_SPEC = "1.0.1"
@@ -88,7 +88,7 @@ def shown_metadata(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> dict
     }
     for key, text in (
         ("modelspec.description", header.description),
-        ("modelspec.trigger_phrase", _trigger_phrase(header)),
+        ("modelspec.trigger_phrase", trigger_phrase(header)),
         ("modelspec.tags", header.class_word),
         (THUMBNAIL_KEY, None if header.thumbnail is None else thumbnail_text(header.thumbnail)),
     ):
@@ -114,7 +114,7 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     MiB into a file that holds the ``ss_*`` entries alone.
     """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in names_in_file(tensors):
         digest.update(tensor_bytes(tensors[name]))
     kohya_keys = {key: text for key, text in metadata.items() if key.startswith("ss_")}
     part = container_bytes(tensors, kohya_keys)[_LEGACY_START : _LEGACY_START + _LEGACY_LENGTH]
@@ -159,7 +159,8 @@ def _usage_hint(header: AdapterHeader) -> str:
     return f"strength {header.suggested_strength:g}, from {low:g} to {high:g}; load with svft_diffusion.load_adapter"
 
 
-def _trigger_phrase(header: AdapterHeader) -> str | None:
+def trigger_phrase(header: AdapterHeader) -> str | None:
+    """The words that call the subject: trigger and class word."""
     if header.trigger is None:
         return None
     return f"{header.trigger} {header.class_word}" if header.class_word else header.trigger

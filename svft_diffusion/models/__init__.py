@@ -1,6 +1,7 @@
 """Base models: finding and loading them, and what training needs of each family."""
 
-from svft_diffusion.models.family import Conditioning, LatentDistribution, ModelFamily, family_of
+from svft_diffusion.models.families import family_of
+from svft_diffusion.models.family import Conditioning, LatentDistribution, ModelFamily
 from svft_diffusion.models.loading import (
     EMBEDDED_MODEL,
     base_display_name,

@@ -9,8 +9,6 @@ from typing import Protocol
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from svft_diffusion.errors import UserError
-
 Conditioning = dict[str, Tensor]
 """What the denoiser knows of the prompts; the first dimension of every tensor counts prompts."""
 
@@ -57,16 +55,3 @@ class ModelFamily(Protocol):
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction; shape of ``noisy_latents``."""
-
-
-def family_of(pipeline: DiffusionPipeline) -> ModelFamily:
-    """The family that a loaded base model belongs to.
-
-    Raises:
-        UserError: no family here can train it.
-    """
-    from svft_diffusion.models.stable_diffusion import StableDiffusionFamily
-
-    if StableDiffusionFamily.fits(pipeline):
-        return StableDiffusionFamily(pipeline)
-    raise UserError(f"a {type(pipeline).__name__} can't be trained yet; use a Stable Diffusion 1.x or 2.x model")

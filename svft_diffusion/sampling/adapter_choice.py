@@ -63,8 +63,12 @@ def parse_adapter_choice(text: str) -> AdapterChoice:
         UserError: a weight that is no finite number, or two weights.
     """
     path, weight = _split_weight(text)
-    of_components = _weights_of_components(text, weight)
-    if of_components is not None or _has_second_number(path, weight):
+    if _weights_of_components(text, weight) is not None:
+        raise UserError(
+            f"--adapter {text}: one weight for each adapter here; make one of it with `svft-diffusion blend {text} "
+            "-o OUT.safetensors`, or use set_adapters in Python"
+        )
+    if _has_second_number(path, weight):
         raise UserError(
             f"--adapter {text}: one weight for each adapter; tools disagree on which of two is the text encoder's"
         )
@@ -90,6 +94,15 @@ def parse_weighted_file(text: str) -> WeightedFile:
     return WeightedFile(_file_at(path), of_components or _number_of(text, weight, example))
 
 
+def parse_weighted_files(texts: Sequence[str]) -> list[WeightedFile]:
+    """`parse_weighted_file` of each, where one that is a number alone is a weight that lost its file."""
+    files = [parse_weighted_file(text) for text in texts]
+    for text, file in zip(texts, files, strict=True):
+        if re.fullmatch(r"[-+]?[\d.]+", text) and not file.file.exists():
+            raise UserError(f"{text} is no adapter file; a weight follows a colon, as in FILE:{text}")
+    return files
+
+
 def check_adapters(
     choices: Sequence[AdapterChoice], base: str, *, variant: str | None = None, on_mismatch: OnMismatch = "error"
 ) -> list[CheckedAdapter]:
@@ -105,6 +118,17 @@ def check_adapters(
         check_adapter(choice.file, base, name=name, weight=choice.weight, variant=variant, on_mismatch=on_mismatch)
         for choice, name in zip(choices, names, strict=True)
     ]
+
+
+def refuse_twice(adapters: Iterable[CheckedAdapter]) -> None:
+    """Raise `UserError` if one of the adapters is there twice, under whatever name: it would count twice."""
+    files: dict[str, Path] = {}
+    for adapter in adapters:
+        if adapter.sha256 in files:
+            raise UserError(
+                f"{files[adapter.sha256]} and {adapter.file} are the same adapter; give it once, at the whole weight"
+            )
+        files[adapter.sha256] = adapter.file
 
 
 def check_adapter(
@@ -123,7 +147,7 @@ def check_adapter(
         names = layer_names(tensors)
         matches = matches_of_folder(folder, names, header.base.digests, variant)
         # None: the folder lacks a component that the adapter changes, so it is another model.
-        check_base(header, matches or Matches(0, 0, len(names)), base_display_name(base), adapter=file.name)
+        check_base(header, matches or Matches(0, 0, len(names)), base_display_name(base), adapter=str(file))
     return CheckedAdapter(name, file, weight, sha256_of(file), header)
 
 
@@ -139,6 +163,11 @@ def sha256_of(file: Path) -> str:
 def adapter_label(file: Path) -> str:
     """What a person would call the adapter: the file's name, or its folder's if the trainer named the file."""
     return file.absolute().parent.name if file.name == ADAPTER_FILE else file.stem
+
+
+def file_label(file: Path) -> str:
+    """A name that tells the file from others, without its folders; the trainer gives all of its files one name."""
+    return adapter_label(file) if file.name == ADAPTER_FILE else file.name
 
 
 def unique_names(labels: Iterable[str]) -> list[str]:

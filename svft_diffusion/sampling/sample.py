@@ -17,7 +17,7 @@ from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models.loading import default_resolution, load_pipeline, truncated_text
-from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice
+from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice, refuse_twice
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
@@ -63,6 +63,7 @@ def sample(config: SamplingConfig) -> SamplingResult:
         on_mismatch=cast(OnMismatch, config.on_mismatch),
     )
     embedded = adapters_to_embed(adapters, config.embed_adapter)
+    refuse_twice(adapters)
     output_dir = config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
     rows = plan_rows(config, adapters)
     if not config.overwrite:

@@ -150,7 +150,7 @@ def _with_diffusers_alone(config: TrainingConfig, header: AdapterHeader) -> list
         ]
     return [
         *parts,
-        "Or written into a copy of the base model, once:",
+        "Or written into a copy of the base model, once:" if parts else "Written into a copy of the base model, once:",
         code_block("shell", f"svft-diffusion merge {options}-o merged-model"),
         code_block(
             "python",
