@@ -234,11 +234,16 @@ def test_pictures_carry_their_adapters_and_make_themselves_again(models: ModelsO
     assert adapter_in_png((made.parent / "grid.png").read_bytes(), "grid") is None
 
 
-def test_only_adapters_that_acted_are_carried_and_each_once(models: ModelsOnDisk, tmp_path: Path) -> None:
-    pictures = drawn(models, tmp_path, models.dog, f"{models.style}:0", f"{models.dog}:0.5", weights=[0.0, 1.0])
+def test_only_adapters_that_acted_are_carried(models: ModelsOnDisk, tmp_path: Path) -> None:
+    pictures = drawn(models, tmp_path, models.dog, f"{models.style}:0", weights=[0.0, 1.0])
     without, with_dog = (adapters_in_png(file.read_bytes(), file.name) for file in pictures)
     assert without == []
     assert [adapter.content for adapter in with_dog] == [models.dog.read_bytes()]
+
+
+def test_one_adapter_is_not_taken_for_two(models: ModelsOnDisk, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="are the same adapter; give it once"):
+        drawn(models, tmp_path, models.dog, f"{models.dog}:0.5")
 
 
 @pytest.mark.parametrize(
