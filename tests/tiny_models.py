@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = ("a", "photo", "of", "sks", "dog", "robot", "on", "the", "beach", "red", "style")
@@ -54,9 +61,9 @@ def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
-def tiny_projecting_text_encoder(seed: int = 0) -> CLIPTextModelWithProjection:
+def tiny_projecting_text_encoder(seed: int = 0, width: int = POOLED_WIDTH) -> CLIPTextModelWithProjection:
     """In the layout of the second text encoder of SDXL: wider than the first, with a projection at the end."""
-    config = tiny_text_config(hidden_size=POOLED_WIDTH, projection_dim=POOLED_WIDTH, hidden_act="gelu")
+    config = tiny_text_config(hidden_size=width, projection_dim=width, hidden_act="gelu")
     torch.manual_seed(seed)
     return CLIPTextModelWithProjection(config).eval()
 
@@ -97,16 +104,17 @@ def tiny_unet_sdxl(seed: int = 0) -> UNet2DConditionModel:
     )
 
 
-def tiny_vae(seed: int = 0) -> AutoencoderKL:
+def tiny_vae(seed: int = 0, **changes: Any) -> AutoencoderKL:
     torch.manual_seed(seed)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
+    values = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**(values | changes)).eval()
 
 
 def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
@@ -125,6 +133,22 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_pipeline_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL pipeline for 16 x 16 pictures."""
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(seed),
+        text_encoder=tiny_text_encoder(seed),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=tiny_projecting_text_encoder(seed),
+        tokenizer_2=tiny_tokenizer(),
+        unet=tiny_unet_sdxl(seed),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
 
 
 def tiny_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -10,31 +10,40 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from tiny_models import (
     MAX_TOKENS,
     TEXT_WIDTH,
+    WORDS,
     tiny_inputs,
     tiny_projecting_text_encoder,
     tiny_sdxl_inputs,
+    tiny_text_config,
     tiny_text_encoder,
+    tiny_tokenizer,
     tiny_tokens,
     tiny_unet,
     tiny_unet_sd1,
     tiny_unet_sdxl,
+    tiny_vae,
 )
 from torch import nn
 from transformers import (
+    CLIPTextModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5EncoderModel,
+    T5Tokenizer,
     ViTConfig,
     ViTModel,
 )
@@ -67,8 +76,8 @@ def tiny_sd3_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tenso
     return _denoiser_inputs(dtype) | {"pooled_projections": _random(dtype, 2, POOLED)}
 
 
-def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:
-    """One block of two streams and two of a single stream."""
+def tiny_flux(seed: int = 0, *, guidance: bool = True) -> FluxTransformer2DModel:
+    """One block of two streams and two of a single stream; without ``guidance`` in the layout of FLUX.1 schnell."""
     torch.manual_seed(seed)
     return FluxTransformer2DModel(
         patch_size=1,
@@ -79,7 +88,7 @@ def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:
         num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED,
-        guidance_embeds=True,
+        guidance_embeds=guidance,
         axes_dims_rope=(4, 2, 2),
     ).eval()
 
@@ -154,6 +163,43 @@ def tiny_t5(seed: int = 0) -> T5EncoderModel:
             feed_forward_proj="gated-gelu",
         )
     ).eval()
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer that knows `WORDS`."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*special, *((f"▁{word}", -1.0) for word in WORDS)], extra_ids=0)
+
+
+def tiny_pipeline_sd3(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3.5 pipeline for 16 x 16 pictures; both CLIPs together are narrower than T5, as there."""
+    return StableDiffusion3Pipeline(
+        transformer=tiny_sd3(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(seed, shift_factor=0.1),
+        text_encoder=tiny_projecting_text_encoder(seed, width=8),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=tiny_projecting_text_encoder(seed + 1, width=POOLED - 8),
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=tiny_t5(seed) if t5 else None,
+        tokenizer_3=tiny_t5_tokenizer() if t5 else None,
+    )
+
+
+def tiny_pipeline_flux(seed: int = 0, *, guidance: bool = True) -> FluxPipeline:
+    """A FLUX.1 pipeline, which draws pictures of 256 x 256 unless it is told another size."""
+    config = tiny_text_config(hidden_size=POOLED)
+    torch.manual_seed(seed)
+    clip = CLIPTextModel(config).eval()
+    return FluxPipeline(
+        transformer=tiny_flux(seed, guidance=guidance),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(seed, latent_channels=3, shift_factor=0.1),
+        text_encoder=clip,
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=tiny_t5(seed),
+        tokenizer_2=tiny_t5_tokenizer(),
+    )
 
 
 def tiny_llama(seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:

@@ -21,7 +21,12 @@ class AppConfig:
 
     pretrained_model_name_or_path: str = setting(
         "toybox",
-        "base model at the start: toybox (embedded), a diffusers folder, or a Hugging Face Hub name",
+        "base model at the start: toybox (embedded), a diffusers folder, a .safetensors file, or a Hub name",
+        group="base model",
+    )
+    base_config: Path | None = setting(
+        None,
+        "for a file: a pipeline folder with its settings and tokenizers (default: from the Hub)",
         group="base model",
     )
     disable_safety_checker: bool = setting(

@@ -27,13 +27,14 @@ def build_app(config: AppConfig) -> gr.Blocks:
         UserError: a base model, adapter or device that can't be used.
     """
     base = config.pretrained_model_name_or_path
-    resolve_base(base)
+    resolve_base(base, config.base_config)
     use_cache(config.factor_cache, config.factor_cache_size)
     studio = Studio(
         config.output_dir,
         device=resolve_device(config.device),
         dtype=config.dtype,
         disable_safety_checker=config.disable_safety_checker,
+        base_config=config.base_config,
         on_mismatch=cast(OnMismatch, config.on_mismatch),
         embed_adapter=config.embed_adapter,
     )

@@ -15,7 +15,7 @@ from PIL import Image
 from svft_diffusion.adapters import load_adapter, set_adapters, unload_adapter
 from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.errors import UserError
-from svft_diffusion.models.loading import default_resolution, resolve_base
+from svft_diffusion.models.loading import default_resolution, is_single_file, resolve_base
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, sha256_of
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.plan import check_picture_settings, picture_settings, slug
@@ -57,6 +57,7 @@ class Studio:
         device: torch.device,
         dtype: str = "float32",
         disable_safety_checker: bool = False,
+        base_config: Path | None = None,
         on_mismatch: OnMismatch = "error",
         embed_adapter: bool = False,
     ) -> None:
@@ -66,6 +67,7 @@ class Studio:
         self._device = device
         self._dtype = dtype
         self._disable_safety_checker = disable_safety_checker
+        self._base_config = base_config
         self._lock = threading.Lock()
         self._base: str | None = None
         self._pipeline: DiffusionPipeline | None = None
@@ -116,7 +118,11 @@ class Studio:
             # The old model goes first: two may not fit into memory. If the new one fails, the old one loads again.
             self._base, self._pipeline, self._loaded = None, None, {}
             self._pipeline = open_pipeline(
-                base, device=self._device, dtype=self._dtype, disable_safety_checker=self._disable_safety_checker
+                base,
+                device=self._device,
+                dtype=self._dtype,
+                base_config=self._base_config if is_single_file(base) else None,
+                disable_safety_checker=self._disable_safety_checker,
             )
             self._base = base
         return self._pipeline

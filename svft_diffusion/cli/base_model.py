@@ -18,7 +18,9 @@ _NAME_THE_BASE = "say with --base where the base model is"
 def add_base_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that takes the base which the files name, unless it is told another."""
     parser.add_argument(
-        "--base", metavar="MODEL", help="toybox, a diffusers folder, or a Hub name (default: what the files name)"
+        "--base",
+        metavar="MODEL",
+        help="toybox, a diffusers folder, a .safetensors file, or a Hub name (default: what the files name)",
     )
     add_version_flags(parser)
     parser.add_argument(
@@ -31,6 +33,10 @@ def add_version_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which files of a base model are meant."""
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
     parser.add_argument("--variant", help="file variant of the base model, such as fp16")
+    parser.add_argument(
+        "--base_config", type=Path, metavar="FOLDER",
+        help="for a .safetensors file as base: a pipeline folder with its settings and tokenizers (default: the Hub's)",
+    )  # fmt: skip
 
 
 def base_of(files: Sequence[Path], options: argparse.Namespace) -> str:
@@ -46,6 +52,7 @@ def base_of(files: Sequence[Path], options: argparse.Namespace) -> str:
     from svft_diffusion.models.loading import resolve_base
 
     if options.base is not None:
+        resolve_base(options.base, options.base_config)
         return str(options.base)
     names = {file: read_header(file).base.name for file in files}
     first, base = next(iter(names.items()))
@@ -71,6 +78,6 @@ def load_base(base: str, options: argparse.Namespace) -> DiffusionPipeline:
     from svft_diffusion.models.loading import load_pipeline
 
     try:
-        return load_pipeline(base, revision=options.revision, variant=options.variant)
+        return load_pipeline(base, revision=options.revision, variant=options.variant, base_config=options.base_config)
     except UserError as problem:
         raise problem if options.base is not None else UserError(f"{problem}; {_NAME_THE_BASE}") from problem

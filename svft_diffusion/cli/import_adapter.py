@@ -42,7 +42,9 @@ def run(argv: Sequence[str]) -> None:
 
     check_output_file(output, overwrite=options.overwrite, inputs=files)
     recognised(files)  # before the base is loaded, which may take minutes
-    pipe = load_pipeline(options.base, revision=options.revision, variant=options.variant)
+    pipe = load_pipeline(
+        options.base, revision=options.revision, variant=options.variant, base_config=options.base_config
+    )
     report = import_adapter(pipe, files, pattern=options.pattern, off_diagonals=options.off_diagonals)
     metadata = AdapterMetadata(
         base_name=base_display_name(options.base),

@@ -45,6 +45,7 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.exchange.merging import DTYPES, merge_adapters, stored_dtypes
     from svft_diffusion.exchange.single_file_names import check_single_file_layout
     from svft_diffusion.models import base_display_name
+    from svft_diffusion.models.loading import is_single_file
     from svft_diffusion.sampling.adapter_choice import (
         AdapterChoice,
         check_adapters,
@@ -64,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
     for adapter in adapters:
         load_adapter(pipeline, adapter.file, adapter.name, on_mismatch=options.on_mismatch)
     set_adapters(pipeline, {adapter.name: item.weight for adapter, item in zip(adapters, given, strict=True)})
-    dtypes = stored_dtypes(pipeline, options.variant)
+    dtypes = stored_dtypes(pipeline, options.variant, Path(base).expanduser() if is_single_file(base) else None)
     if options.dtype is not None:
         dtypes = dict.fromkeys(dtypes, DTYPES[options.dtype])
     layers = merge_adapters(pipeline, dtypes)
@@ -126,7 +127,8 @@ def _check_output(output: Path, base: str, files: Sequence[Path], *, overwrite: 
 
     folder = Path(resolve_base(base))
     if _is_single_file(output):
-        check_output_file(output, overwrite=overwrite, inputs=[*files, *folder.rglob("*.safetensors")])
+        inputs = [folder] if folder.is_file() else folder.rglob("*.safetensors")
+        check_output_file(output, overwrite=overwrite, inputs=[*files, *inputs])
         return
     if output.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"the output {output} must be a folder, or a file that ends in .safetensors")

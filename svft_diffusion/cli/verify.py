@@ -37,8 +37,10 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.models.loading import resolve_base
 
     if options.base is not None:
-        resolve_base(options.base)
-    verifier = Verifier(options.base, revision=options.revision, variant=options.variant)
+        resolve_base(options.base, options.base_config)
+    verifier = Verifier(
+        options.base, revision=options.revision, variant=options.variant, base_config=options.base_config
+    )
     results = []
     for file in options.files:
         result = verifier.verify(adapter_file(file))

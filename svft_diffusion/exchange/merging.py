@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -56,12 +57,19 @@ def merge_adapters(pipe: DiffusionPipeline, dtypes: Mapping[str, torch.dtype]) -
     return {component: layers for component, layers in merged.items() if layers}
 
 
-def stored_dtypes(pipe: DiffusionPipeline, variant: str | None = None) -> dict[str, torch.dtype]:
+def stored_dtypes(
+    pipe: DiffusionPipeline, variant: str | None = None, single_file: Path | None = None
+) -> dict[str, torch.dtype]:
     """Component -> dtype of the weights in the files that it was loaded from; that of the model where none are found.
 
-    It is float32 where a file holds several.
+    It is float32 where a component's file holds several.
+
+    Args:
+        single_file: what the whole pipeline was loaded from; its tensors outside of the components don't count.
     """
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    if single_file is not None:
+        return dict.fromkeys(models, _most_frequent_dtype(single_file))
     return {name: _stored_dtype(model, variant) or _own_dtype(model) for name, model in models.items()}
 
 
@@ -77,6 +85,12 @@ def _stored_dtype(model: nn.Module, variant: str | None) -> torch.dtype | None:
         floating = found & _STORED.keys()
         return _STORED[floating.pop()] if len(floating) == 1 else torch.float32
     return None
+
+
+def _most_frequent_dtype(file: Path) -> torch.dtype:
+    with safe_open(file, framework="pt") as opened:
+        found = Counter(opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118
+    return _STORED[max(_STORED, key=lambda dtype: found[dtype])]
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:

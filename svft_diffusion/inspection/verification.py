@@ -80,8 +80,16 @@ class Verification:
 class Verifier:
     """Verifies files one after the other; the base is loaded once, when the first file needs it."""
 
-    def __init__(self, base: str | None = None, *, revision: str | None = None, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        base: str | None = None,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        base_config: Path | None = None,
+    ) -> None:
         self._base = base
+        self._base_config = base_config
         self._revision = revision
         self._variant = variant
         self._pipeline: DiffusionPipeline | None = None
@@ -115,7 +123,9 @@ class Verifier:
 
     def _loaded(self, base: str) -> DiffusionPipeline:
         if self._pipeline is None:
-            self._pipeline = load_pipeline(base, revision=self._revision, variant=self._variant)
+            self._pipeline = load_pipeline(
+                base, revision=self._revision, variant=self._variant, base_config=self._base_config
+            )
         return self._pipeline
 
 

@@ -1,7 +1,7 @@
 """Base models: finding and loading them, and what training needs of each family."""
 
 from svft_diffusion.models.families import family_of
-from svft_diffusion.models.family import Conditioning, LatentDistribution, ModelFamily
+from svft_diffusion.models.family import PICTURE_SIZES, Conditioning, LatentDistribution, ModelFamily, TokenIds
 from svft_diffusion.models.loading import (
     EMBEDDED_MODEL,
     base_display_name,
@@ -9,14 +9,16 @@ from svft_diffusion.models.loading import (
     hub_name,
     load_pipeline,
     resolve_base,
-    truncated_text,
 )
+from svft_diffusion.models.text import truncated_text
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "PICTURE_SIZES",
     "Conditioning",
     "LatentDistribution",
     "ModelFamily",
+    "TokenIds",
     "base_display_name",
     "default_resolution",
     "family_of",

@@ -1,4 +1,4 @@
-"""Finding and loading a base model: the embedded one, a diffusers folder, or a repository of the Hugging Face Hub."""
+"""Finding and loading a base model: the embedded one, a diffusers folder, a single file, or a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -20,25 +20,38 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.models.single_file import left_out_components, load_single_file
 from svft_diffusion.toybox import WEIGHTS_FOLDER
 
 EMBEDDED_MODEL = "toybox"
 """The name of the model that lies inside this package."""
 
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve_base(name: str) -> str:
-    """What `DiffusionPipeline.from_pretrained` takes for the base model ``name``.
+def resolve_base(name: str, base_config: str | Path | None = None) -> str:
+    """The folder, file or name on the Hub that the base model ``name`` is loaded from.
 
     ``toybox`` is the embedded model (write ``./toybox`` for a folder of that name), a folder must hold a diffusers
-    pipeline, and anything else that can be the name of a Hub repository is one.
+    pipeline, a file must be a checkpoint in safetensors format, and anything else that can be the name of a Hub
+    repository is one.
+
+    Args:
+        base_config: for a single file: a pipeline folder with the settings and tokenizers that the file lacks.
 
     Raises:
-        UserError: a folder that is not there or holds no pipeline, a file, or no possible name.
+        UserError: a folder that is not there or holds no pipeline, another file, no possible name, or a
+            ``base_config`` that is no such folder or has no use.
     """
+    if base_config is not None:
+        if not (Path(base_config).expanduser() / "model_index.json").is_file():
+            raise UserError(f"--base_config {base_config} is no folder of a diffusers pipeline (with model_index.json)")
+        if not is_single_file(name):
+            raise UserError(f"--base_config has no effect on {base_display_name(name)}, which is no single file")
     if name == EMBEDDED_MODEL:
         if not (WEIGHTS_FOLDER / "model_index.json").is_file():
             raise UserError("the embedded model 'toybox' is missing from this installation; install the package again")
@@ -49,7 +62,13 @@ def resolve_base(name: str) -> str:
             raise UserError(f"{name} holds no model_index.json, so it is no diffusers pipeline folder")
         return str(path)
     if path.is_file():
-        raise UserError(f"{name} is a file; give the folder of a diffusers pipeline (convert single-file checkpoints)")
+        if path.suffix.lower() in _PICKLES:
+            raise UserError(
+                f"{name} is a pickle, which can run any code when it is opened; get the same model as .safetensors"
+            )
+        if not is_single_file(name):
+            raise UserError(f"{name} is no base model: give a diffusers folder or a checkpoint in .safetensors format")
+        return str(path)
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"no such base model folder: {name!r}")
     return name
@@ -62,6 +81,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
+    base_config: str | Path | None = None,
 ) -> DiffusionPipeline:
     """The base model's pipeline on the CPU, every component in ``dtype``, its safety checker kept if it has one.
 
@@ -70,13 +90,16 @@ def load_pipeline(
         revision: branch, tag or commit of a Hub repository.
         variant: file variant, such as ``fp16``.
         local_files_only: never ask the Hub; use what was downloaded before.
+        base_config: see `resolve_base`; without it, diffusers knows where on the Hub a file's settings are.
 
     Raises:
         UserError: one line for a model that is missing, gated, incomplete or without safetensors weights.
     """
-    source = resolve_base(name)
+    source = resolve_base(name, base_config)
     try:
         with without_loading_bars():
+            if is_single_file(name):
+                return load_single_file(source, base_config, dtype=dtype, local_files_only=local_files_only)
             return DiffusionPipeline.from_pretrained(
                 source,
                 # Named for every component: transformers would otherwise keep the precision of the files.
@@ -85,28 +108,38 @@ def load_pipeline(
                 variant=variant,
                 local_files_only=local_files_only,
                 use_safetensors=True,
+                **left_out_components(source),
             )
-    # The last ones come from an index that is no pipeline's.
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    # What is no Hub error comes from an index or a file that is no pipeline's.
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(base_display_name(name), error)) from error
 
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Height and width in pixels at which the base model was made to draw."""
-    return int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    denoiser = getattr(pipeline, "unet", None)
+    # Flux's transformer takes any size; its pipeline has a default, as that of SD 3 has.
+    size = denoiser.config.sample_size if denoiser is not None else pipeline.default_sample_size
+    return int(size * pipeline.vae_scale_factor)
+
+
+def is_single_file(name: str) -> bool:
+    """Whether the base model ``name`` is a checkpoint in one file, with the weights of all components."""
+    path = Path(name).expanduser()
+    return name != EMBEDDED_MODEL and path.suffix.lower() == ".safetensors" and path.is_file()
 
 
 def base_display_name(name: str) -> str:
-    """The base model's name for cards and file headers: never the path of a folder on this machine."""
+    """The base model's name for cards and file headers: never a path on this machine."""
     path = Path(name).expanduser()
-    if name == EMBEDDED_MODEL or not (path.is_absolute() or name.startswith((".", "~")) or path.is_dir()):
+    if name == EMBEDDED_MODEL or not (path.is_absolute() or name.startswith((".", "~")) or path.exists()):
         return name
     return Path(os.path.abspath(path)).name
 
 
 def hub_name(name: str) -> str | None:
-    """The base model's name on the Hub; None for one that is not there: the embedded one, or a local folder."""
-    return None if name == EMBEDDED_MODEL or Path(name).expanduser().is_dir() else name
+    """The base model's name on the Hub; None for one that is not there: the embedded one, a local folder or file."""
+    return None if name == EMBEDDED_MODEL or Path(name).expanduser().exists() else name
 
 
 @contextmanager
@@ -121,15 +154,6 @@ def without_loading_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
-
-
-def truncated_text(pipeline: DiffusionPipeline, prompt: str) -> str:
-    """The end of a prompt that is longer than the pipeline's text encoder reads, or nothing."""
-    tokenizer = pipeline.tokenizer
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    # Two places belong to the start and end tokens.
-    text: str = tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
-    return text
 
 
 def _why_not_loaded(name: str, error: BaseException) -> str:

@@ -16,7 +16,14 @@ class SamplingConfig:
     """What to draw, with which adapters, and where to put it."""
 
     pretrained_model_name_or_path: str = setting(
-        "toybox", "base model: toybox (embedded), a diffusers folder, or a Hugging Face Hub name", group="base model"
+        "toybox",
+        "base model: toybox (embedded), a diffusers folder, a .safetensors file, or a Hugging Face Hub name",
+        group="base model",
+    )
+    base_config: Path | None = setting(
+        None,
+        "for a file: a pipeline folder with its settings and tokenizers (default: from the Hub)",
+        group="base model",
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub model", group="base model")
     variant: str | None = setting(None, "file variant of the base model, such as fp16", group="base model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from tqdm.auto import tqdm
 
 from svft_diffusion.adapters import load_adapter, set_adapters
 from svft_diffusion.adapters.fitting import OnMismatch
+from svft_diffusion.errors import UserError
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.whole_files import check_writable
-from svft_diffusion.models.loading import default_resolution, load_pipeline, truncated_text
+from svft_diffusion.models.loading import default_resolution, load_pipeline, resolve_base
+from svft_diffusion.models.text import truncated_text
 from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice, refuse_twice
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.devices import resolve_device
@@ -56,6 +59,7 @@ def sample(config: SamplingConfig) -> SamplingResult:
     check_config(config)
     use_cache(config.factor_cache, config.factor_cache_size)
     device = resolve_device(config.device)
+    resolve_base(config.pretrained_model_name_or_path, config.base_config)
     adapters = check_adapters(
         [parse_adapter_choice(text) for text in config.adapter],
         config.pretrained_model_name_or_path,
@@ -76,6 +80,7 @@ def sample(config: SamplingConfig) -> SamplingResult:
         dtype=config.dtype,
         revision=config.revision,
         variant=config.variant,
+        base_config=config.base_config,
         disable_safety_checker=config.disable_safety_checker,
     )
     resolution = default_resolution(pipeline)
@@ -103,6 +108,7 @@ def open_pipeline(
     dtype: str = "float32",
     revision: str | None = None,
     variant: str | None = None,
+    base_config: Path | None = None,
     disable_safety_checker: bool = False,
 ) -> DiffusionPipeline:
     """The base model ``name`` on ``device``, ready for `generate`.
@@ -110,7 +116,9 @@ def open_pipeline(
     Raises:
         UserError: the model can't be loaded.
     """
-    pipeline = load_pipeline(name, dtype=getattr(torch, dtype), revision=revision, variant=variant)
+    pipeline = load_pipeline(
+        name, dtype=getattr(torch, dtype), revision=revision, variant=variant, base_config=base_config
+    )
     if disable_safety_checker and getattr(pipeline, "safety_checker", None) is not None:
         pipeline.register_modules(safety_checker=None)
         pipeline.register_to_config(requires_safety_checker=False)
@@ -127,6 +135,7 @@ def generate(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
+    max_sequence_length: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Image.Image:
     """One picture: batch of one, noise from a generator on the CPU, so that it depends on nothing but its settings.
@@ -134,7 +143,11 @@ def generate(
     Args:
         pipeline: with its adapters at the wanted weights.
         height: pixels; the base model's own when left out, like ``width``.
+        max_sequence_length: tokens that T5 reads (default: the pipeline's own); nothing to pipelines without it.
         on_step: called after each denoising step with the number of steps done.
+
+    Raises:
+        UserError: a negative prompt for a base model that takes none.
     """
 
     def report(_pipeline: DiffusionPipeline, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -145,16 +158,35 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
         prompt=prompt,
-        negative_prompt=negative_prompt,
         height=height,
         width=width,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         generator=torch.Generator("cpu").manual_seed(seed),
         callback_on_step_end=report,
+        **_arguments_of_few(pipeline, negative_prompt, max_sequence_length),
     )
     image: Image.Image = result.images[0]
     return image
+
+
+def _arguments_of_few(
+    pipeline: DiffusionPipeline, negative_prompt: str, max_sequence_length: int | None
+) -> dict[str, Any]:
+    """Arguments that not every pipeline takes.
+
+    Raises:
+        UserError: a negative prompt for one whose guidance compares with nothing, as that of Flux.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    arguments: dict[str, Any] = {}
+    if negative_prompt:
+        if "negative_prompt" not in known or "true_cfg_scale" in known:
+            raise UserError("this base model takes no negative prompt; leave it out")
+        arguments["negative_prompt"] = negative_prompt  # without one, SDXL takes zeros, which "" is not
+    if max_sequence_length is not None and "max_sequence_length" in known:
+        arguments["max_sequence_length"] = max_sequence_length
+    return arguments
 
 
 def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
 
+from svft_diffusion.files.training_folder import SAMPLES_FOLDER
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.sample import facts_of, generate
 from svft_diffusion.training.setup import Run
+from svft_diffusion.training.status import SAMPLING
 
-SAMPLES_FOLDER = "samples"
+
+def sample_file(output_dir: Path, step: int, number: int) -> Path:
+    """Where a sample lies."""
+    return output_dir / SAMPLES_FOLDER / f"step-{step:06d}-{number}.png"
+
+
+def samples_missing(run: Run, step: int) -> bool:
+    """Whether a run that begins at ``step`` has samples of it to draw: at 0, or where it was stopped in the midst."""
+    numbers = range(run.config.num_validation_images)
+    drawn = all(sample_file(run.config.output_dir, step, number).is_file() for number in numbers)
+    return step == 0 or (run.draws_samples(step) and step < run.total_steps and not drawn)
 
 
 def draw_samples(run: Run, step: int) -> list[Path]:
     """Draw ``num_validation_images`` pictures after ``step`` steps; an empty list without a validation prompt.
 
     The models keep their precision, their training mode and their random state.
+
+    Raises:
+        Interrupted: the run shall end.
     """
     config = run.config
     if config.validation_prompt is None or not run.accelerator.is_main_process:
         return []
-    folder = config.output_dir / SAMPLES_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    vae = run.family.pipeline.vae
+    run.progress(SAMPLING)
     modes = {model: model.training for model in run.models.values()}
     paths = []
     try:
@@ -30,17 +50,35 @@ def draw_samples(run: Run, step: int) -> list[Path]:
             model.eval()
         for number in range(config.num_validation_images):
             settings = {"prompt": config.validation_prompt, "seed": config.seed + number, "training_step": step}
-            with torch.no_grad(), run.accelerator.autocast():
+            with torch.no_grad(), run.accelerator.autocast(), decoding_without_autocast(vae), run.averaged_values():
                 image = generate(
                     run.family.pipeline,
                     config.validation_prompt,
                     seed=config.seed + number,
                     height=config.resolution,
                     width=config.resolution,
+                    max_sequence_length=config.max_sequence_length,
+                    on_step=lambda _: run.progress(SAMPLING),
                 )
-            path = folder / f"step-{step:06d}-{number}.png"
+            path = sample_file(config.output_dir, step, number)
             paths.append(save_png(image, path, settings | facts_of(run.family.pipeline, image)))
     finally:
         for model, mode in modes.items():
             model.train(mode)
     return paths
+
+
+@contextmanager
+def decoding_without_autocast(vae: AutoencoderKL) -> Iterator[None]:
+    """Decode in the precision of the VAE's weights: those of SDXL and others overflow in 16 bit."""
+    decode = vae.decode
+
+    def decode_precisely(latents: Tensor, **options: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), **options)
+
+    vae.decode = decode_precisely
+    try:
+        yield
+    finally:
+        del vae.decode
