@@ -1,17 +1,17 @@
 """Pictures of the subject's class for prior preservation: given ones, and ones that the base model draws.
 
 Picture ``i`` is drawn with seed ``seed + i`` and prompt ``i`` of the list, taken round and round. A manifest beside
-the pictures says what made them: when any of it changes they are drawn again, and an interrupted run goes on where
-it stopped.
+the pictures says what made them: when any of it changes, or a file did, they are drawn again, and an interrupted run
+goes on where it stopped. Runs with the same recipe share a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from svft_diffusion.data.captions import METADATA_FILE, read_captions
 from svft_diffusion.data.dataset import Picture, pictures_with_prompts
 from svft_diffusion.data.photos import PhotoFolder, scan_photos
 from svft_diffusion.errors import UserError
+from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.sampling.png import save_png
 
 MANIFEST_FILE = "class_images.json"
@@ -34,8 +36,10 @@ class ClassImageRecipe:
     """Everything that a drawn class picture depends on."""
 
     base_model: str
-    fingerprint: str
+    base_digest: str  # of all weights that take part
+    precision: str  # in which they were drawn
     scheduler: str
+    scheduler_settings: dict[str, Any]
     prompts: list[str]
     seed: int
     resolution: int
@@ -51,8 +55,11 @@ class _Manifest:
     """Which pictures are finished, and by which recipe."""
 
     recipe: dict[str, Any]
-    drawn: list[int]
-    withheld: list[int]  # blanked by the base model's safety checker
+    drawn: dict[str, str]  # number of the picture -> SHA-256 of its file
+    withheld: list[int]  # numbers of those that the base model's safety checker blanked
+
+    def has(self, index: int) -> bool:
+        return str(index) in self.drawn or index in self.withheld
 
 
 def read_class_prompts(file: Path) -> list[str]:
@@ -82,7 +89,7 @@ def given_class_pictures(folder: Path) -> PhotoFolder:
     except UserError:
         return PhotoFolder([], [])
     own = [photo for photo in found.photos if not _DRAWN_FILE.fullmatch(photo.name)]
-    skipped = [file for file in found.skipped if file.path.name != MANIFEST_FILE]
+    skipped = [file for file in found.skipped if file.path.name not in (MANIFEST_FILE, METADATA_FILE)]
     return PhotoFolder(own, skipped)
 
 
@@ -93,29 +100,40 @@ def class_pictures(
     *,
     count: int,
     batch_size: int,
-    caption_source: str,
+    caption_source: str = "none",
+    subject: int = 0,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> list[Picture]:
     """``count`` or more class pictures with their prompts: all given ones, filled up by the base model's drawings.
 
     Args:
         pipeline: the base model without any adapter, on the device that draws.
         folder: created if it is not there.
+        caption_source: see `read_captions`; of the given pictures.
+        subject: what the pictures show the class of, see `Picture`.
+        on_progress: called after each denoising step; what it raises ends the drawing, and what is drawn stays.
 
     Raises:
         UserError: the folder can't be written, or the safety checker blanked every picture.
     """
-    given = pictures_with_prompts(given_class_pictures(folder), recipe.prompts[0], caption_source)
+    found = given_class_pictures(folder)
+    captions = read_captions(folder, found, caption_source, required=False)
+    given = pictures_with_prompts(found, recipe.prompts[0], captions, subject)
     wanted = list(range(max(0, count - len(given))))
     if not wanted:
         return given
     try:
         folder.mkdir(parents=True, exist_ok=True)
         manifest = _matching_manifest(folder, recipe)
-        missing = [index for index in wanted if index not in manifest.drawn and index not in manifest.withheld]
-        _draw(pipeline, folder, recipe, manifest, missing, batch_size)
-    except OSError as problem:
+        missing = [index for index in wanted if not manifest.has(index)]
+        _draw(pipeline, folder, recipe, manifest, missing, batch_size, on_progress)
+    except OSError as problem:  # of the folder, or of a file that can't be removed
         raise UserError(f"can't write class images to {folder}: {problem.strerror or problem}") from problem
-    drawn = [Picture(folder / _file_name(index), recipe.prompt(index)) for index in wanted if index in manifest.drawn]
+    drawn = [
+        Picture(folder / _file_name(index), recipe.prompt(index), subject)
+        for index in wanted
+        if str(index) in manifest.drawn
+    ]
     if not given and not drawn:
         raise UserError("the base model's safety checker blanked every class image; use another --class_prompt")
     return given + drawn
@@ -128,7 +146,12 @@ def _draw(
     manifest: _Manifest,
     missing: Sequence[int],
     batch_size: int,
+    on_progress: Callable[[], None],
 ) -> None:
+    def report(_pipeline: DiffusionPipeline, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_progress()
+        return tensors
+
     pipeline.set_progress_bar_config(disable=True)
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     for indices in tqdm(batches, desc="class images", unit="batch", disable=not batches):
@@ -139,6 +162,7 @@ def _draw(
             num_inference_steps=recipe.num_inference_steps,
             guidance_scale=recipe.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(recipe.seed + index) for index in indices],
+            callback_on_step_end=report,
         )
         blanked = getattr(result, "nsfw_content_detected", None) or [False] * len(indices)
         for index, image, withheld in zip(indices, result.images, blanked, strict=True):
@@ -146,30 +170,43 @@ def _draw(
                 manifest.withheld.append(index)
                 continue
             settings = {"prompt": recipe.prompt(index), "seed": recipe.seed + index, "base_model": recipe.base_model}
-            save_png(image, folder / _file_name(index), settings)
-            manifest.drawn.append(index)
+            file = save_png(image, folder / _file_name(index), settings)
+            manifest.drawn[str(index)] = _digest(file)
         _write_manifest(folder, manifest)
 
 
 def _matching_manifest(folder: Path, recipe: ClassImageRecipe) -> _Manifest:
     """The folder's manifest if this recipe made its pictures; else a new one, the old drawings removed."""
-    wanted = dataclasses.asdict(recipe)
+    # As it will be read again: JSON knows no tuples.
+    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
     try:
         manifest = _Manifest(**json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        manifest = _Manifest({}, [], [])
-    if manifest.recipe != wanted:
-        for index in manifest.drawn:
-            (folder / _file_name(index)).unlink(missing_ok=True)
-        return _Manifest(wanted, [], [])
-    manifest.drawn = [index for index in manifest.drawn if (folder / _file_name(index)).is_file()]
-    return manifest
+        if not isinstance(manifest.drawn, dict):
+            raise TypeError("no manifest of ours")
+        files = {index: folder / _file_name(int(index)) for index in manifest.drawn}
+        withheld = [int(index) for index in manifest.withheld]
+        recipe_of_files = manifest.recipe
+    except (OSError, ValueError, TypeError, RecursionError):
+        return _Manifest(wanted, {}, [])
+    if recipe_of_files != wanted:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        return _Manifest(wanted, {}, [])
+    whole = {index: manifest.drawn[index] for index, file in files.items() if _digest(file) == manifest.drawn[index]}
+    return _Manifest(wanted, whole, withheld)
 
 
 def _write_manifest(folder: Path, manifest: _Manifest) -> None:
-    unfinished = folder / f".{MANIFEST_FILE}.tmp"
-    unfinished.write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
-    os.replace(unfinished, folder / MANIFEST_FILE)
+    with replace_when_whole(folder / MANIFEST_FILE) as unfinished:
+        unfinished.write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file's content; empty for a file that is gone."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _file_name(index: int) -> str:

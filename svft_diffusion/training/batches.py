@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm  # shows a bar in the first process only
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from svft_diffusion.data.dataset import Picture, ShuffledOrder, SquareCrop
+from svft_diffusion.data.buckets import Size
+from svft_diffusion.data.cutting import Cut, Cutter
+from svft_diffusion.data.dataset import Picture
+from svft_diffusion.data.order import PictureOrder
 from svft_diffusion.models import LatentDistribution, ModelFamily
-
-CUTS_PER_PHOTO = 4
-"""Cached latents keep so many random cuts of a photo that is not square; the passes take them in turn."""
+from svft_diffusion.training.encoding_cache import EncodingCache
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Stream:
 
     kind: str
     pictures: Sequence[Picture]
-    order: ShuffledOrder
+    order: PictureOrder
+    sizes: Sequence[Size] | None  # the training size of each picture; None: that of the pictures it is in a batch with
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,10 @@ class Batch:
     """One forward pass: first the instance pictures, then as many class pictures under prior preservation."""
 
     latents: LatentDistribution
+    sizes: Tensor  # (B, 6), see `Cut`
     prompts: list[str]
     samples: list[tuple[str, int]]  # (kind, number in the run): what the randomness of each row follows from
+    weights: Tensor | None = None  # (B, 1, h, w), of the errors in each place of the latents; None: all alike
 
 
 @dataclass(frozen=True)
@@ -56,75 +63,175 @@ class SampleNumbers:
         ]
 
 
-class CachedLatents:
-    """All pictures of a stream, encoded before training; on the family's device in float32."""
+@dataclass(frozen=True)
+class Encoder:
+    """From cuts to rows of a batch."""
 
-    def __init__(self, family: ModelFamily, stream: Stream, crop: SquareCrop) -> None:
-        self._rows: list[tuple[int, int]] = []  # for each picture: its first row, its number of cuts
-        encoded: list[LatentDistribution] = []
-        for picture in tqdm(stream.pictures, desc=f"encoding {stream.kind} pictures", leave=False):
-            cuts = crop.number_of_variants(picture, CUTS_PER_PHOTO)
-            self._rows.append((len(encoded), cuts))
-            encoded += [family.encode_pictures(crop.pixels(picture, cut)[None]) for cut in range(cuts)]
-        self._mean = torch.cat([latents.mean for latents in encoded]).float()
-        self._std = torch.cat([latents.std for latents in encoded]).float()
+    family: ModelFamily
+    unmasked_weight: float | None = None  # of errors where the subject is not; None: masks play no part
+    cache: EncodingCache | None = None
 
-    def __call__(self, places: Sequence[tuple[int, int]]) -> LatentDistribution:
-        """Latents of (index of a picture, number of the pass) pairs."""
-        first_and_cuts = [(self._rows[index], pass_number) for index, pass_number in places]
-        rows = torch.tensor([first + pass_number % cuts for (first, cuts), pass_number in first_and_cuts])
-        rows = rows.to(self._mean.device)
-        return LatentDistribution(self._mean[rows], self._std[rows])
+    def __call__(self, cuts: Sequence[Cut]) -> EncodedCuts:
+        """Encode cuts of one size; those that the cache holds are read."""
+        pixels = torch.stack([cut.pixels for cut in cuts])
+        latents = self.family.encode_pictures(pixels) if self.cache is None else self.cache.latents(pixels)
+        mean, std = latents.mean.float(), latents.std.float()
+        weights = None
+        if self.unmasked_weight is not None:
+            masks = [torch.ones_like(cut.pixels[:1]) if cut.mask is None else cut.mask for cut in cuts]
+            weights = error_weights(torch.stack(masks), mean.shape[-2:], self.unmasked_weight).to(mean.device)
+        return EncodedCuts(mean, std, torch.stack([cut.sizes for cut in cuts]).to(mean.device), weights)
 
 
-class _Pixels(Dataset[Tensor]):
+@dataclass(frozen=True)
+class EncodedCuts:
+    """Rows of a batch; the first dimension of every tensor counts them."""
+
+    mean: Tensor
+    std: Tensor
+    sizes: Tensor
+    weights: Tensor | None
+
+
+def error_weights(masks: Tensor, latent_size: Sequence[int], unmasked_weight: float) -> Tensor:
+    """Weights of squared errors (B, 1, h, w): 1 on the subject, ``unmasked_weight`` elsewhere, between them at edges.
+
+    Args:
+        masks: (B, 1, H, W) in [0, 1]; what lies under a place of the latents counts by its area.
+    """
+    covered = functional.interpolate(masks, size=tuple(latent_size), mode="area")
+    return unmasked_weight + (1.0 - unmasked_weight) * covered
+
+
+class CachedCuts:
+    """All pictures of a stream, encoded before training; on the family's device in float32.
+
+    Args:
+        sizes: the sizes to keep of each picture where the stream has none of its own.
+        on_picture: called before each picture.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        stream: Stream,
+        cutter: Cutter,
+        sizes: Sequence[Size],
+        on_picture: Callable[[], None],
+    ) -> None:
+        self._kept: dict[tuple[int, Size], list[EncodedCuts]] = {}
+        for index, picture in enumerate(tqdm(stream.pictures, desc=f"encoding {stream.kind} pictures", leave=False)):
+            on_picture()
+            for size in sizes if stream.sizes is None else [stream.sizes[index]]:
+                self._kept[index, size] = [
+                    encoder([cutter.cut(picture, variant, size)])
+                    for variant in range(cutter.number_of_variants(picture, size))
+                ]
+
+    def __call__(self, places: Sequence[tuple[int, int]], size: Size) -> list[EncodedCuts]:
+        """Rows of (index of a picture, number of the pass) pairs."""
+        kept = [(self._kept[index, size], pass_number) for index, pass_number in places]
+        return [variants[pass_number % len(variants)] for variants, pass_number in kept]
+
+
+class _Cuts(Dataset[list[Cut]]):
     """Pictures by the number of the sample, for the worker processes of a `DataLoader`."""
 
-    def __init__(self, streams: Sequence[Stream], crop: SquareCrop) -> None:
+    def __init__(self, streams: Sequence[Stream], cutter: Cutter) -> None:
         self._streams = streams
-        self._crop = crop
+        self._cutter = cutter
 
-    def __getitem__(self, sample: int) -> Tensor:
-        """(streams, 3, H, W)."""
-        pixels = []
+    def __getitem__(self, sample: int) -> list[Cut]:
+        """One cut for each stream."""
+        size = batch_size_of(self._streams, sample)
+        cuts = []
         for stream in self._streams:
             index, pass_number = stream.order.locate(sample)
-            pixels.append(self._crop.pixels(stream.pictures[index], pass_number))
-        return torch.stack(pixels)
+            cuts.append(self._cutter.cut(stream.pictures[index], pass_number, size))
+        return cuts
+
+
+def batch_size_of(streams: Sequence[Stream], sample: int) -> Size:
+    """Height and width of the pictures in the batch of a sample: those of its instance picture."""
+    first = streams[0]
+    assert first.sizes is not None
+    return first.sizes[first.order.locate(sample)[0]]
 
 
 def cached_batches(
-    family: ModelFamily, streams: Sequence[Stream], crop: SquareCrop, numbers: Sequence[range]
+    encoder: Encoder,
+    streams: Sequence[Stream],
+    cutter: Cutter,
+    numbers: Sequence[range],
+    on_picture: Callable[[], None],
 ) -> Iterator[Batch]:
-    """Batches of latents; all pictures are encoded before this returns."""
-    caches = [CachedLatents(family, stream, crop) for stream in streams]
+    """Batches of latents; all pictures are encoded before this returns, and ``on_picture`` is called before each."""
+    assert streams[0].sizes is not None
+    sizes = list(dict.fromkeys(streams[0].sizes))
+    caches: list[CachedCuts] = []
+    for stream in streams:
+        # With the base's own predictions as the prior, the second stream has the photos of the first.
+        same = caches and _files_and_sizes(stream) == _files_and_sizes(streams[0])
+        caches.append(caches[0] if same else CachedCuts(encoder, stream, cutter, sizes, on_picture))
     return (_cached_batch(streams, caches, samples) for samples in numbers)
 
 
-def _cached_batch(streams: Sequence[Stream], caches: Sequence[CachedLatents], samples: range) -> Batch:
-    parts = [
-        cache([stream.order.locate(sample) for sample in samples])
+def _files_and_sizes(stream: Stream) -> tuple[list[Path], Sequence[Size] | None]:
+    return [picture.path for picture in stream.pictures], stream.sizes
+
+
+def _cached_batch(streams: Sequence[Stream], caches: Sequence[CachedCuts], samples: range) -> Batch:
+    size = batch_size_of(streams, samples[0])
+    rows = [
+        row
         for stream, cache in zip(streams, caches, strict=True)
+        for row in cache([stream.order.locate(sample) for sample in samples], size)
     ]
-    mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
-    return _batch(streams, samples, LatentDistribution(mean, std))
+    weights = [row.weights for row in rows if row.weights is not None]
+    joined = EncodedCuts(
+        mean=torch.cat([row.mean for row in rows]),
+        std=torch.cat([row.std for row in rows]),
+        sizes=torch.cat([row.sizes for row in rows]),
+        weights=torch.cat(weights) if weights else None,
+    )
+    return _batch(streams, samples, joined)
 
 
 def loaded_batches(
-    family: ModelFamily, streams: Sequence[Stream], crop: SquareCrop, numbers: Sequence[range], workers: int
+    encoder: Encoder, streams: Sequence[Stream], cutter: Cutter, numbers: Sequence[range], workers: int
 ) -> Iterator[Batch]:
     """Batches of pictures that are loaded, cut anew and encoded as training goes."""
     loader = DataLoader(
-        _Pixels(streams, crop), batch_sampler=[list(samples) for samples in numbers], num_workers=workers
+        _Cuts(streams, cutter),
+        batch_sampler=[list(samples) for samples in numbers],
+        num_workers=workers,
+        collate_fn=_by_stream,
+        worker_init_fn=_leave_signals_to_the_run,
     )
-    for samples, pixels in zip(numbers, loader, strict=True):
-        latents = family.encode_pictures(pixels.transpose(0, 1).flatten(0, 1))
-        yield _batch(streams, samples, LatentDistribution(latents.mean.float(), latents.std.float()))
+    for samples, cuts in zip(numbers, loader, strict=True):
+        yield _batch(streams, samples, encoder(cuts))
 
 
-def _batch(streams: Sequence[Stream], samples: range, latents: LatentDistribution) -> Batch:
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Terminals and schedulers send signals to every process; the step that runs still needs its pictures."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _by_stream(samples: list[list[Cut]]) -> list[Cut]:
+    """All cuts of the first stream, then all of the second."""
+    return [cut for of_stream in zip(*samples, strict=True) for cut in of_stream]
+
+
+def _batch(streams: Sequence[Stream], samples: range, encoded: EncodedCuts) -> Batch:
+    weights = encoded.weights
+    if weights is not None:
+        weights = weights.clone()
+        weights[len(samples) :] = 1.0  # of class pictures, everything counts
     return Batch(
-        latents=latents,
+        latents=LatentDistribution(encoded.mean, encoded.std),
+        sizes=encoded.sizes,
         prompts=[stream.pictures[stream.order.locate(sample)[0]].prompt for stream in streams for sample in samples],
         samples=[(stream.kind, sample) for stream in streams for sample in samples],
+        weights=weights,
     )
