@@ -104,7 +104,7 @@ def test_prior_preservation_draws_reuses_and_redraws_class_images(config: Traini
 
     train(replace(prior, class_prompt="a red dog"))
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    assert manifest["recipe"]["prompts"] == ["a red dog"] and manifest["drawn"] == [0, 1, 2]
+    assert manifest["recipe"]["prompts"] == ["a red dog"] and list(manifest["drawn"]) == ["0", "1", "2"]
     assert (folder / "class-00000.png").read_bytes() != drawn["class-00000.png"]
 
     Image.new("RGB", (16, 16)).save(folder / "own.png")

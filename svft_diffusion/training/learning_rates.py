@@ -40,7 +40,20 @@ LEARNING_RATES: dict[tuple[str, str], RatesByBase] = {
 }
 
 
-def default_learning_rates(method: str, pattern: str, base_name: str) -> Rates:
-    """The table's rates for a base model. Raises KeyError for a combination that no method has."""
+# Lion's authors (arXiv 2302.06675, section 5) take a third to a tenth of AdamW's rate. The others take AdamW's own.
+_LION_SHARE = 0.2
+
+
+def default_learning_rates(method: str, pattern: str, base_name: str, optimizer: str = "adamw") -> Rates:
+    """The table's rates for a base model, as ``optimizer`` takes them; Prodigy finds its own, and is given 1.
+
+    Raises:
+        KeyError: no method has the combination.
+    """
     rates = LEARNING_RATES[method, pattern]
-    return rates.embedded if base_name == EMBEDDED_MODEL else rates.full_size
+    rates_of_base = rates.embedded if base_name == EMBEDDED_MODEL else rates.full_size
+    if optimizer == "prodigy":
+        return Rates(1.0, 1.0)
+    if optimizer == "lion":
+        return Rates(*(_LION_SHARE * rate for rate in rates_of_base))
+    return rates_of_base
