@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-slow test-fuzz lint subjects app clean
+.PHONY: help setup demo test test-slow test-fuzz test-faults lint subjects app clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -32,6 +32,9 @@ test-slow: setup  ## the tests that take minutes
 
 test-fuzz: setup  ## every damaged and hostile adapter file that the tests can make
 	$(BIN)/python -m pytest tests/test_file_fuzz.py
+
+test-faults: setup  ## runs that are killed, stopped or whose disk fails, at every moment (about half an hour)
+	$(BIN)/python -m pytest tests/test_faults.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ from svft_diffusion.settings import setting
 from svft_diffusion.training.checks import adapter_config
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.persistence import described
+from svft_diffusion.training.subjects import Subject
 from svft_diffusion.training.thumbnail import jpeg_thumbnail
 
 LARGEST_SHARE = 0.3
@@ -112,7 +113,9 @@ def usual_training(method: str) -> TrainingConfig:
 
 def usual_metadata(method: str) -> AdapterMetadata:
     """What it says of its adapter."""
-    said = described(usual_training(method))
+    config = usual_training(method)
+    assert config.instance_prompt is not None
+    said = described(config, [Subject(config.instance_prompt, [], None, config.class_prompt, [])])
     return replace(said, base_architecture="stable-diffusion-v1", value_dtype="float16")
 
 

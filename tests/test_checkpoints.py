@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_runs import FREEZING, arguments, checkpoints, short_run
 
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
-from svft_diffusion.training import trainer
+from svft_diffusion.training.checkpoints import load_checkpoint_state, remove_leftovers, save_checkpoint
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.trainer import StepReport, TrainingDiverged, train
+from svft_diffusion.training.setup import Run
+from svft_diffusion.training.trainer import StepReport, train
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +132,140 @@ def test_damaged_or_foreign_checkpoints_are_refused(finished: TrainingConfig, co
     with pytest.raises(UserError, match=r"training_state\.safetensors is damaged"):
         train(resumed)
     state.unlink()
-    with pytest.raises(UserError, match="checkpoint-2 is incomplete"):
+    with pytest.raises(UserError, match=r"checkpoint-2 is incomplete.*resume from an earlier checkpoint"):
         train(resumed)
 
 
-def test_divergence_stops_and_keeps_what_is_saved(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trainer.denoising_losses
-    calls: list[int] = []
+def damage(file: Path) -> None:
+    """Flip one bit."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
-    def broken(*positional: Any, **named: Any) -> Any:
-        calls.append(1)
-        losses = real(*positional, **named)
-        return replace(losses, total=losses.total * float("nan")) if len(calls) == 4 else losses
 
-    monkeypatch.setattr(trainer, "denoising_losses", broken)
-    with pytest.raises(TrainingDiverged, match="step 4"):
+@pytest.mark.parametrize("name", ["adapter.safetensors", "training_state.safetensors", "training_state.json"])
+def test_latest_is_the_newest_that_is_whole(
+    finished: TrainingConfig, config: TrainingConfig, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (finished.output_dir / "adapter.safetensors").read_bytes()
+    shutil.copytree(finished.output_dir, config.output_dir)
+    damage(config.output_dir / "checkpoint-4" / name)
+    result = train(replace(config, resume_from_checkpoint="latest"))
+    said = capsys.readouterr().out
+    assert f"{name} is damaged: going on from checkpoint-2 instead" in said and "going on from step 2" in said
+    assert result.adapter.read_bytes() == whole
+    assert load_checkpoint_state(config.output_dir / "checkpoint-4")  # written anew
+
+
+def test_no_whole_checkpoint_is_an_error(finished: TrainingConfig, config: TrainingConfig) -> None:
+    shutil.copytree(finished.output_dir, config.output_dir)
+    damage(config.output_dir / "checkpoint-4" / "adapter.safetensors")
+    (config.output_dir / "checkpoint-2" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole: .*damaged; .*checkpoint-2 is incomplete"):
+        train(replace(config, resume_from_checkpoint="latest"))
+
+
+def test_files_of_others_and_wrong_names_are_refused(finished: TrainingConfig, config: TrainingConfig) -> None:
+    shutil.copytree(finished.output_dir, config.output_dir)
+    checkpoint = config.output_dir / "checkpoint-4"
+    (checkpoint / ".DS_Store").write_bytes(b"")
+    (checkpoint / "desktop.ini").write_bytes(b"")
+    assert load_checkpoint_state(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"optimizer\.pt does not belong to the checkpoint"):
+        load_checkpoint_state(checkpoint)
+    (checkpoint / "optimizer.pt").unlink()
+    checkpoint.rename(config.output_dir / "checkpoint-6")
+    with pytest.raises(UserError, match="checkpoint-6 holds the state of step 4"):
+        train(replace(config, max_train_steps=8, resume_from_checkpoint="checkpoint-6"))
+
+
+def test_other_settings_than_the_checkpoint_s_are_refused(finished: TrainingConfig, config: TrainingConfig) -> None:
+    shutil.copytree(finished.output_dir, config.output_dir)
+    for changes, message in [({"use_ema": True}, "use_ema=False, now it is True"), (FREEZING, "method=svft")]:
+        with pytest.raises(UserError, match=message):
+            train(replace(config, **changes, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(("removed", "message"), [("optimizer", "has no state of optimizer"), (None, "has a state of")])
+def test_missing_and_foreign_pieces_are_refused(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, removed: str | None, message: str
+) -> None:
+    pieces = Run.pieces.fget  # type: ignore[attr-defined]
+
+    class Counter:
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": 3, "values": torch.ones(2)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError("nothing is loaded when the pieces differ")
+
+    def other_pieces(run: Run) -> dict[str, Any]:
+        if removed is None:
+            return pieces(run) | {"counter": Counter()}
+        return {name: piece for name, piece in pieces(run).items() if name != removed}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "pieces", property(other_pieces))
         train(config)
-    assert checkpoints(config.output_dir) == {"checkpoint-2"}
-    assert not (config.output_dir / "adapter.safetensors").exists()
+    with pytest.raises(UserError, match=message):
+        train(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+
+
+def test_other_pictures_than_the_checkpoint_s_are_told(
+    finished: TrainingConfig, config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finished.instance_data_dir is not None
+    photos = shutil.copytree(finished.instance_data_dir, tmp_path / "fewer")
+    shutil.copytree(finished.output_dir, config.output_dir)
+    (photos / "3.png").unlink()
+    resumed = replace(config, max_train_steps=5, resume_from_checkpoint="latest")
+    train(resumed)
+    assert "the pictures are not those" not in capsys.readouterr().out
+    train(replace(resumed, instance_data_dir=photos, max_train_steps=6))
+    assert "the pictures are not those of checkpoint-4" in capsys.readouterr().out
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "betas": (0.9, 0.99), "moments": {0: torch.full((3,), float(step))}, "empty": None}
+
+
+@pytest.fixture
+def write_adapter(finished: TrainingConfig) -> Callable[[Path], object]:
+    return lambda path: shutil.copyfile(finished.output_dir / "adapter.safetensors", path)
+
+
+def test_state_comes_back_as_it_was(tmp_path: Path, write_adapter: Callable[[Path], object]) -> None:
+    loaded = load_checkpoint_state(save_checkpoint(tmp_path, 3, write_adapter, state(3), None))
+    assert loaded["step"] == 3 and loaded["betas"] == [0.9, 0.99] and loaded["empty"] is None
+    assert torch.equal(loaded["moments"][0], torch.full((3,), 3.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
+
+
+def test_state_that_is_not_finite_is_not_saved(tmp_path: Path, write_adapter: Callable[[Path], object]) -> None:
+    save_checkpoint(tmp_path, 3, write_adapter, state(3), 1)
+    with pytest.raises(UserError, match=r"step 4 is not saved: state\.moments\.0 is not finite"):
+        save_checkpoint(tmp_path, 4, write_adapter, state(4) | {"moments": {0: torch.tensor([1.0, math.inf])}}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_older_checkpoints_go_only_when_the_new_one_was_read_again(
+    tmp_path: Path, write_adapter: Callable[[Path], object]
+) -> None:
+    save_checkpoint(tmp_path, 3, write_adapter, state(3), 1)
+    with pytest.raises(UserError, match="is no safetensors file"):
+        save_checkpoint(tmp_path, 4, lambda path: path.write_bytes(b"no adapter"), state(4), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert load_checkpoint_state(tmp_path / "checkpoint-3")["step"] == 3
+
+
+def test_leftovers_of_killed_writers(tmp_path: Path, write_adapter: Callable[[Path], object]) -> None:
+    save_checkpoint(tmp_path, 3, write_adapter, state(3), None)
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / ".checkpoint-3.old")  # replaced, and not yet removed
+    (tmp_path / ".checkpoint-4.tmp").mkdir()
+    save_checkpoint(tmp_path, 5, write_adapter, state(5), None)
+    (tmp_path / "checkpoint-5").rename(tmp_path / ".checkpoint-5.old")  # to be replaced, and never was
+    (tmp_path / ".checkpoint-note").mkdir()  # not ours
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-5", ".checkpoint-note"}
+    assert load_checkpoint_state(tmp_path / "checkpoint-5")["step"] == 5

@@ -172,9 +172,9 @@ def test_cache_of_one_machine_is_not_written_into_the_settings(config: TrainingC
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
-def test_every_method_has_a_preset_for_both_bases() -> None:
+def test_every_method_has_a_preset_for_every_base() -> None:
     made = [(path.name.split("_")[0], yaml.safe_load(path.read_text(encoding="utf-8"))["method"]) for path in PRESETS]
-    assert set(made) == {(base, method) for base in ("toybox", "sd15") for method in METHODS}
+    assert set(made) == {(base, method) for base in ("toybox", "sd15", "sdxl", "sd3", "flux") for method in METHODS}
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -297,7 +297,8 @@ def test_named_checkpoint_must_exist(config: TrainingConfig) -> None:
     (config.output_dir / "checkpoint-4").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no checkpoint .checkpoint-3.*there are checkpoint-4"):
         check(dataclasses.replace(config, resume_from_checkpoint="checkpoint-3"))
-    assert check(dataclasses.replace(config, resume_from_checkpoint="latest")).checkpoint is not None
+    with pytest.raises(UserError, match=r"no checkpoint is whole: .*checkpoint-4 is incomplete"):
+        check(dataclasses.replace(config, resume_from_checkpoint="latest"))
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         check(config)
 
@@ -321,4 +322,4 @@ def test_class_prompts_file(config: TrainingConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no prompt"):
         check(prior)
     prompts.write_text("a dog on the beach\n\n a dog \n", encoding="utf-8")
-    assert check(prior).class_prompts == ["a dog on the beach", "a dog"]
+    assert check(prior).subjects[0].class_prompts == ["a dog on the beach", "a dog"]

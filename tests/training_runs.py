@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_models import tiny_pipeline
 
@@ -28,10 +29,14 @@ FREEZING: dict[str, Any] = {
 }
 
 
-def short_run(folder: Path) -> TrainingConfig:
-    """Write a tiny base model and photos into ``folder``; the settings of a run on them, which is not begun."""
+def short_run(folder: Path, pipeline: DiffusionPipeline | None = None) -> TrainingConfig:
+    """Write a tiny base model and photos into ``folder``; the settings of a run on them, which is not begun.
+
+    Args:
+        pipeline: the base model (default: of Stable Diffusion).
+    """
     base, photos = folder / "tiny", folder / "photos"
-    tiny_pipeline().save_pretrained(base)
+    (pipeline or tiny_pipeline()).save_pretrained(base)
     _write_photos(photos)
     return TrainingConfig(
         pretrained_model_name_or_path=str(base),

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from svft_diffusion.errors import UserError
+from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.settings import nearest_hint
 from svft_diffusion.terminal import printable
 
 # Command -> (module with ``run(argv)``, what it does). Modules are imported only when their command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("svft_diffusion.cli.train", "train an adapter on a few photos of a subject (DreamBooth)"),
+    "history": ("svft_diffusion.cli.history", "list the adapters of a run's steps with their samples, and pick one"),
     "sample": ("svft_diffusion.cli.sample", "generate pictures with any number of adapters"),
     "inspect": ("svft_diffusion.cli.inspect", "show what an adapter, or a picture that carries one, is"),
     "verify": ("svft_diffusion.cli.verify", "check that adapters are sound, and that they fit a base model"),
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("svft_diffusion.cli.merge", "bake adapters into a complete model"),
     "shrink": ("svft_diffusion.cli.shrink", "keep the part of an adapter that matters most, in a smaller file"),
     "blend": ("svft_diffusion.cli.blend", "make one adapter of several, and show how they interfere"),
+    "check-photos": ("svft_diffusion.cli.check_photos", "look at a folder of photos before training on them"),
     "app": ("svft_diffusion.cli.app", "open the web app"),
     "demo": ("svft_diffusion.cli.demo", "train and sample on the embedded model, and show the result"),
 }
@@ -61,6 +63,9 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)  # messages quote names from files of others
         return 2
+    except Interrupted as request:
+        print(request, file=sys.stderr)
+        return request.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -72,5 +77,5 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
 
 def _overview() -> str:
     lines = ["usage: svft-diffusion COMMAND [--help]", "", "commands:"]
-    lines += [f"  {name:<8} {description}" for name, (_, description) in COMMANDS.items()]
+    lines += [f"  {name:<{max(map(len, COMMANDS))}} {description}" for name, (_, description) in COMMANDS.items()]
     return "\n".join(lines)

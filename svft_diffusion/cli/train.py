@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,25 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE.yaml", help="settings from a file; those on the command line win"
     )
+    parser.add_argument("--json", action="store_true", help="print what --dry_run measures as JSON")
     add_settings(parser, TrainingConfig)
     options = parser.parse_args(argv)
     settings = read_settings(options.config) if options.config else {}
     config = config_from_mapping(TrainingConfig, settings | given_settings(TrainingConfig, options))
 
+    if options.json and not config.dry_run:
+        raise UserError("--json prints what --dry_run measures; add that flag or leave this one out")
     check_nothing_is_overwritten(config)
 
     from accelerate import PartialState
+
+    if config.dry_run:
+        from svft_diffusion.training.dry_run import dry_run
+
+        with contextlib.redirect_stdout(sys.stderr):  # where what it says on the way belongs
+            report = dry_run(config)
+        PartialState().print(json.dumps(report.to_mapping()) if options.json else report.in_words())
+        return
 
     from svft_diffusion.training.trainer import train  # heavy; --help and typing errors come first
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,12 @@ from huggingface_hub import ModelCardData
 
 from svft_diffusion.files import AdapterHeader
 from svft_diffusion.files.training_folder import ADAPTER_FILE
+from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.inspection.card import method_in_words
 from svft_diffusion.inspection.facts import AdapterFacts, facts_of_adapter
 from svft_diffusion.markdown import code_block, plain, table
 from svft_diffusion.models import EMBEDDED_MODEL, base_display_name, hub_name
+from svft_diffusion.models.loading import is_single_file
 from svft_diffusion.settings import config_to_mapping
 from svft_diffusion.training.config import TrainingConfig
 
@@ -32,10 +34,23 @@ _SHOWN_SETTINGS = (
 )  # fmt: skip
 
 
+_NOT_SAVED = (
+    "hub_token", "resume_from_checkpoint", "factor_cache", "factor_cache_size", "encoding_cache", "dry_run",
+)  # fmt: skip
+
+# What reads a single file, by the family of the base.
+_PIPELINES = {
+    "stable-diffusion": "StableDiffusionPipeline",
+    "stable-diffusion-xl": "StableDiffusionXLPipeline",
+    "stable-diffusion-3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+}
+
+
 def saved_settings(config: TrainingConfig) -> dict[str, object]:
     """The settings that make a run, without those that belong to one start of it, one machine, or to nobody else."""
     settings = config_to_mapping(config)
-    for name in ("hub_token", "resume_from_checkpoint", "factor_cache", "factor_cache_size"):
+    for name in _NOT_SAVED:
         settings.pop(name)
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -50,6 +65,8 @@ def write_config(config: TrainingConfig) -> Path:
 def write_card(config: TrainingConfig, samples: Sequence[Path]) -> Path:
     """Write ``README.md`` beside the adapter: what it is, ``samples`` of it, how to load it, how it was made."""
     facts = facts_of_adapter((config.output_dir / ADAPTER_FILE).read_bytes(), ADAPTER_FILE)
+    # Of several subjects, the first's.
+    config = dataclasses.replace(config, instance_prompt=config.instance_prompt or facts.header.instance_prompt)
     pictures = [sample.relative_to(config.output_dir).as_posix() for sample in samples]
     path = config.output_dir / CARD_FILE
     text = f"---\n{_front_matter(config, pictures)}\n---\n\n{_body(config, facts, pictures)}"
@@ -142,8 +159,7 @@ def _with_diffusers_alone(config: TrainingConfig, header: AdapterHeader) -> list
             code_block("shell", f"svft-diffusion export {options}-o lora.safetensors"),
             code_block(
                 "python",
-                "from diffusers import DiffusionPipeline\n\n"
-                f"pipe = DiffusionPipeline.from_pretrained({base!r}{_version_arguments(config)})\n"
+                f"{_loading_with_diffusers(config, header)}\n"
                 'pipe.load_lora_weights(".", weight_name="lora.safetensors")\n'
                 f"image = pipe({prompt!r}).images[0]",
             ),
@@ -159,6 +175,15 @@ def _with_diffusers_alone(config: TrainingConfig, header: AdapterHeader) -> list
             f"image = pipe({prompt!r}).images[0]",
         ),
     ]
+
+
+def _loading_with_diffusers(config: TrainingConfig, header: AdapterHeader) -> str:
+    if is_single_file(config.pretrained_model_name_or_path):
+        kind, call = _PIPELINES[header.base.family], "from_single_file"
+    else:
+        kind, call = "DiffusionPipeline", "from_pretrained"
+    arguments = f"{_base_argument(config)!r}{_version_arguments(config)}"
+    return f"from diffusers import {kind}\n\npipe = {kind}.{call}({arguments})"
 
 
 def _trains_more_than_weights(header: AdapterHeader) -> bool:
@@ -182,7 +207,7 @@ def _base_in_words(config: TrainingConfig) -> str:
     name = hub_name(config.pretrained_model_name_or_path)
     if name is not None:
         return f"[{plain(name)}](https://huggingface.co/{name})"
-    return f"{plain(base_display_name(config.pretrained_model_name_or_path))}, a model that lay in a local folder,"
+    return f"{plain(base_display_name(config.pretrained_model_name_or_path))}, a model that lay on a local disk,"
 
 
 def _version_flags(config: TrainingConfig) -> str:
@@ -196,6 +221,5 @@ def _version_arguments(config: TrainingConfig) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with replace_when_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

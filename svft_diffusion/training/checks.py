@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from svft_diffusion.adapters import SpectralConfig
-from svft_diffusion.data.class_images import given_class_pictures, read_class_prompts
-from svft_diffusion.data.dataset import Picture, pictures_with_prompts
-from svft_diffusion.data.photos import scan_photos
+from svft_diffusion.data.dataset import Picture
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors.location import parse_size
-from svft_diffusion.files.training_folder import ADAPTER_FILE
+from svft_diffusion.files.training_folder import ADAPTER_FILE, METRICS_FILE
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models import resolve_base
 from svft_diffusion.settings import settings_of
@@ -21,20 +20,25 @@ from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
 from svft_diffusion.training.checkpoints import checkpoint_named, existing_checkpoints
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.hub import check_upload
-from svft_diffusion.training.metrics import METRICS_FILE
+from svft_diffusion.training.optimizers import check_optimizer
+from svft_diffusion.training.subjects import Subject, check_data_settings, read_subjects
 
 _AT_LEAST_ONE = (
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "resolution",
-    "checkpointing_steps", "checkpoints_total_limit", "num_class_images", "sample_batch_size",
+    "max_sequence_length", "checkpointing_steps", "checkpoints_total_limit", "num_class_images", "sample_batch_size",
     "prior_generation_num_inference_steps", "num_validation_images", "validation_steps", "validation_epochs",
     "lr_num_cycles", "freezing_warmup_steps", "freezing_interval", "freezing_top_k",
 )  # fmt: skip
-_ABOVE_ZERO = ("learning_rate", "text_encoder_lr", "learning_rate_1d", "adam_epsilon", "max_grad_norm")
+_ABOVE_ZERO = (
+    "learning_rate", "text_encoder_lr", "learning_rate_1d", "adam_epsilon", "max_grad_norm",
+    "huber_c", "snr_gamma", "stop_text_encoder_training",
+)  # fmt: skip
 _AT_LEAST_ZERO = (
     "lr_warmup_steps", "lr_power", "prior_loss_weight", "prior_generation_guidance_scale", "adam_weight_decay",
-    "dataloader_num_workers", "seed", "freezing_number",
+    "guidance_scale", "noise_offset", "input_perturbation", "value_norm_penalty", "dataloader_num_workers", "seed",
+    "freezing_number", "history_steps",
 )  # fmt: skip
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "freezing_smoothing")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "freezing_smoothing", "ema_decay")
 _SEED_LIMIT = 2**62  # picture i has seed + i, and torch takes 63 bits
 
 
@@ -42,10 +46,14 @@ _SEED_LIMIT = 2**62  # picture i has seed + i, and torch takes 63 bits
 class Inputs:
     """The files that a run reads, looked at."""
 
-    instance_pictures: list[Picture]
-    class_prompts: list[str]
+    subjects: list[Subject]
     notes: list[str]  # what the user should hear about the folders
     checkpoint: Path | None
+
+    @property
+    def instance_pictures(self) -> list[Picture]:
+        """The photos of all subjects."""
+        return [picture for subject in self.subjects for picture in subject.pictures]
 
 
 def check(config: TrainingConfig) -> Inputs:
@@ -55,16 +63,11 @@ def check(config: TrainingConfig) -> Inputs:
         UserError: one line with cause and remedy.
     """
     check_settings(config)
-    resolve_base(config.pretrained_model_name_or_path)
-    instance_pictures, notes = _instance_pictures(config)
-    class_prompts = _class_prompts(config)
-    if config.with_prior_preservation and config.class_data_dir is not None:
-        given = given_class_pictures(config.class_data_dir)
-        if given.photos:
-            notes.append(f"class images: {len(given.photos)} of unknown origin found in {config.class_data_dir}")
-        if given.skipped:
-            notes.append(f"in the class folder, {given.report()}")
-    return Inputs(instance_pictures, class_prompts, notes, _check_output(config))
+    resolve_base(config.pretrained_model_name_or_path, config.base_config)
+    subjects, notes = read_subjects(config)
+    notes += check_optimizer(config)
+    checkpoint, damaged = _check_output(config, subjects)
+    return Inputs(subjects, notes + damaged, checkpoint)
 
 
 def check_settings(config: TrainingConfig) -> None:
@@ -80,14 +83,17 @@ def check_settings(config: TrainingConfig) -> None:
     _check_freezing(config)
     if config.train_text_encoder and config.targets == "cross-attention":
         raise UserError("--targets cross-attention has no layer in the text encoder; leave out --train_text_encoder")
-    if config.text_encoder_lr is not None and not config.train_text_encoder:
-        raise UserError("--text_encoder_lr has no effect without --train_text_encoder")
+    for name in ("text_encoder_lr", "stop_text_encoder_training"):
+        if getattr(config, name) is not None and not config.train_text_encoder:
+            raise UserError(f"--{name} has no effect without --train_text_encoder")
     if config.learning_rate_1d is not None and not config.trains_one_dimensional:
         raise UserError("--learning_rate_1d has no effect where no bias, norm or gate trains; add --train_bias")
     if config.factor_cache_size is not None:
         parse_size(config.factor_cache_size, "--factor_cache_size")
-    _check_prior(config)
+    check_data_settings(config)
     _check_packages(config)
+    _check_objective(config)
+    check_optimizer(config)
     check_upload(config)
     if config.push_to_hub and config.report_to == "wandb" and config.hub_token is not None:
         raise UserError("--hub_token would be sent to wandb with the settings; run `hf auth login` instead")
@@ -110,6 +116,17 @@ def adapter_config(config: TrainingConfig) -> SpectralConfig:
         compress_activations=config.compress_activations,
         targets=config.targets,
     )
+
+
+def _check_objective(config: TrainingConfig) -> None:
+    if config.huber_c > 1:
+        raise UserError(f"--huber_c must be at most 1, got {config.huber_c:g}: it is where the threshold ends")
+    plain = TrainingConfig()
+    for name in ("huber_c", "huber_schedule"):
+        if config.loss_type == "l2" and getattr(config, name) != getattr(plain, name):
+            raise UserError(f"--{name} has no effect without --loss_type huber or smooth_l1")
+    if config.ema_decay != plain.ema_decay and not config.use_ema:
+        raise UserError("--ema_decay has no effect without --use_ema")
 
 
 def _check_freezing(config: TrainingConfig) -> None:
@@ -143,58 +160,12 @@ def _check_numbers(config: TrainingConfig) -> None:
         raise UserError(f"--resolution must be a multiple of 8, got {config.resolution}")
 
 
-def _check_prior(config: TrainingConfig) -> None:
-    if config.with_prior_preservation:
-        if config.class_data_dir is None:
-            raise UserError("--with_prior_preservation needs --class_data_dir, a folder for the class pictures")
-        if not (config.class_prompt or "").strip() and config.class_prompts_file is None:
-            raise UserError("--with_prior_preservation needs --class_prompt (or --class_prompts_file)")
-        if config.class_data_dir.exists() and not config.class_data_dir.is_dir():
-            raise UserError(f"--class_data_dir {config.class_data_dir} is no folder")
-        if config.class_data_dir.resolve() == config.output_dir.resolve():
-            raise UserError("--class_data_dir is the folder of --output_dir, so that pictures would mix; use another")
-        return
-    for name in ("class_data_dir", "class_prompts_file"):
-        if getattr(config, name) is not None:
-            raise UserError(f"--{name} has no effect without --with_prior_preservation; add that or leave this out")
-
-
 def _check_packages(config: TrainingConfig) -> None:
-    if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install 'svft-diffusion[8bit]'")
     if config.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise UserError(
             "--enable_xformers_memory_efficient_attention needs the package xformers: "
             "pip install 'svft-diffusion[xformers]' (without the flag, torch's own fused attention runs)"
         )
-
-
-def _instance_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
-    if config.instance_data_dir is None:
-        raise UserError("no photos: give --instance_data_dir FOLDER")
-    if not config.instance_prompt or not config.instance_prompt.strip():
-        raise UserError("no prompt: give --instance_prompt, such as 'a photo of sks dog'")
-    for name in ("class_data_dir", "output_dir"):
-        other = getattr(config, name)
-        if other is not None and other.resolve() == config.instance_data_dir.resolve():
-            raise UserError(f"--{name} is the folder of the photos, which would mix with what is written; use another")
-    found = scan_photos(config.instance_data_dir)
-    pictures = pictures_with_prompts(found, config.instance_prompt, config.caption_source)
-    sidecars = {photo.with_suffix(".txt") for photo in found.photos} if config.caption_source == "txt" else set()
-    skipped = [file for file in found.skipped if file.path not in sidecars]
-    notes = [f"photos: {len(pictures)} in {config.instance_data_dir}"]
-    if skipped:
-        notes.append("skipped: " + ", ".join(f"{file.path.name} ({file.reason})" for file in skipped))
-    return pictures, notes
-
-
-def _class_prompts(config: TrainingConfig) -> list[str]:
-    if not config.with_prior_preservation:
-        return []
-    if config.class_prompts_file is not None:
-        return read_class_prompts(config.class_prompts_file)
-    assert config.class_prompt is not None  # _check_prior
-    return [config.class_prompt]
 
 
 def check_nothing_is_overwritten(config: TrainingConfig) -> None:
@@ -213,11 +184,12 @@ def check_nothing_is_overwritten(config: TrainingConfig) -> None:
             raise UserError(f"{config.output_dir / name} is there already; choose another --output_dir or move it away")
 
 
-def _check_output(config: TrainingConfig) -> Path | None:
-    """The checkpoint to go on from, after making sure that the run may write where it wants to."""
+def _check_output(config: TrainingConfig, subjects: Sequence[Subject]) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, after making sure that the run may write where it wants to, and notes on others."""
     check_writable(config.output_dir)
-    if config.class_data_dir is not None:
-        check_writable(config.class_data_dir)
+    for folder in {config.encoding_cache, *(subject.class_data_dir for subject in subjects)}:
+        if folder is not None:
+            check_writable(folder)
     if config.resume_from_checkpoint is not None:
         return checkpoint_named(config.output_dir, config.resume_from_checkpoint)
     if existing_checkpoints(config.output_dir):
@@ -225,4 +197,4 @@ def _check_output(config: TrainingConfig) -> Path | None:
             f"{config.output_dir} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
             "or choose another --output_dir"
         )
-    return None
+    return None, []

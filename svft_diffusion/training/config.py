@@ -10,58 +10,46 @@ from typing import Any
 from svft_diffusion.adapters.freezing import FreezingSettings
 from svft_diffusion.adapters.methods import DEFAULT_FRACTION, INITS, METHODS, SELECTIONS
 from svft_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS
-from svft_diffusion.data.dataset import INTERPOLATIONS
 from svft_diffusion.files.header import VALUE_DTYPES
 from svft_diffusion.models import EMBEDDED_MODEL
 from svft_diffusion.settings import setting
+from svft_diffusion.training.losses import HUBER_SCHEDULES, LOSS_TYPES, LossSettings
+from svft_diffusion.training.picture_settings import PictureSettings
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedulefree")
 DEFAULT_TRAIN_STEPS = 400
 DEFAULT_OFF_DIAGONALS = 2
 FREEZING = FreezingSettings()  # its defaults
 _PATTERNS = tuple(dict.fromkeys(pattern for method in METHODS.values() for pattern in method.patterns))
 
 _BASE = "base model"
-_DATA = "pictures and prompts"
 _ADAPTER = "adapter"
 _FREEZING = "adaptive vector freezing"
 _TRAINING = "training"
+_OBJECTIVE = "objective"
 _OPTIMIZER = "optimizer"
-_PRIOR = "prior preservation"
 _OUTPUT = "output and checkpoints"
 _LOOKING = "looking while it trains"
 _SPEED = "speed and memory"
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(PictureSettings):
     """What to train on which pictures. Names and meanings follow the DreamBooth LoRA example of diffusers.
 
     `svft_diffusion.training.checks.check_settings` says whether the settings fit together.
     """
 
     pretrained_model_name_or_path: str = setting(
-        EMBEDDED_MODEL, "base model: toybox (embedded), a diffusers folder, or a Hugging Face Hub name", group=_BASE
+        EMBEDDED_MODEL, "base model: toybox (embedded), a diffusers folder, .safetensors file, or Hub name", group=_BASE
+    )
+    base_config: Path | None = setting(
+        None, "for a file: a pipeline folder with its settings and tokenizers (default: from the Hub)", group=_BASE
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub model", group=_BASE)
     variant: str | None = setting(None, "file variant of the base model, such as fp16", group=_BASE)
     local_files_only: bool = setting(False, "never ask the Hub; use what was downloaded before", group=_BASE)
-
-    instance_data_dir: Path | None = setting(None, "folder with the photos of the subject (required)", group=_DATA)
-    instance_prompt: str | None = setting(
-        None, "prompt of the photos, with a rare word for the subject: 'a photo of sks dog' (required)", group=_DATA
-    )
-    caption_source: str = setting(
-        "none",
-        "txt: NAME.txt beside a photo holds its whole prompt; photos without one keep --instance_prompt",
-        group=_DATA,
-        choices=("none", "txt"),
-    )
-    resolution: int | None = setting(None, "side of the training squares in pixels (default: the base's)", group=_DATA)
-    center_crop: bool = setting(False, "cut the middle of a photo, not a random place", group=_DATA)
-    image_interpolation_mode: str = setting(
-        "lanczos", "how photos are resized", group=_DATA, choices=tuple(INTERPOLATIONS)
-    )
 
     method: str = setting(
         "svft",
@@ -106,7 +94,7 @@ class TrainingConfig:
         None, "train the weights of norm layers (default: with --targets all)", group=_ADAPTER
     )
     targets: str = setting(DEFAULT_PRESET, "layers that train", group=_ADAPTER, choices=tuple(PRESETS))
-    train_text_encoder: bool = setting(False, "adapt the text encoder too", group=_ADAPTER)
+    train_text_encoder: bool = setting(False, "adapt the CLIP text encoders too (never T5)", group=_ADAPTER)
 
     freezing_number: int | None = setting(
         None,
@@ -134,29 +122,6 @@ class TrainingConfig:
         group=_FREEZING,
     )
 
-    with_prior_preservation: bool = setting(
-        False, "train on pictures of the class beside the photos, so that the class is not forgotten", group=_PRIOR
-    )
-    class_data_dir: Path | None = setting(None, "folder of class pictures; filled up by the base model", group=_PRIOR)
-    class_prompt: str | None = setting(None, "prompt of the class pictures: 'a photo of a dog'", group=_PRIOR)
-    class_prompts_file: Path | None = setting(
-        None,
-        "text file, one prompt a line, taken in turn for the class pictures, each of which trains with its own: "
-        "varied scenes here keep the model's scenes intact",
-        group=_PRIOR,
-    )
-    prior_loss_weight: float = setting(1.0, "weight of the class pictures' loss", group=_PRIOR)
-    num_class_images: int = setting(100, "class pictures; missing ones are drawn by the base model", group=_PRIOR)
-    sample_batch_size: int = setting(4, "class pictures drawn at once", group=_PRIOR)
-    prior_generation_num_inference_steps: int = setting(25, "denoising steps of a class picture", group=_PRIOR)
-    prior_generation_guidance_scale: float = setting(4.0, "guidance scale of a class picture", group=_PRIOR)
-    prior_generation_precision: str | None = setting(
-        None,
-        "precision of the model that draws them (default: as in training)",
-        group=_PRIOR,
-        choices=("no", "fp32", "fp16", "bf16"),
-    )
-
     train_batch_size: int = setting(
         4, "photos in a batch, for each process; class pictures come on top", group=_TRAINING
     )
@@ -167,20 +132,43 @@ class TrainingConfig:
         None, "passes over the photos, instead of a number of steps", group=_TRAINING
     )
     gradient_accumulation_steps: int = setting(1, "batches whose gradients make one step", group=_TRAINING)
-    timestep_sampling: str = setting(
-        "uniform",
+    timestep_sampling: str | None = setting(
+        None,
         "uniform: all noise levels alike, as in DreamBooth; focused: a quarter uniform, the rest from "
-        "sigmoid(0.6 + 0.8 N(0,1)), the upper middle where the subject's shape and colours are decided",
+        "sigmoid(0.6 + 0.8 N(0,1)), the upper middle where the subject's shape and colours are decided; logit_normal: "
+        "sigmoid(N(0,1)), the middle (default: uniform; logit_normal with SD 3 and Flux)",
         group=_TRAINING,
-        choices=("uniform", "focused"),
+        choices=("uniform", "focused", "logit_normal"),
+    )
+    max_sequence_length: int | None = setting(
+        None, "tokens that T5 reads (default: as when the base draws: 256 with SD 3, 512 with Flux)", group=_TRAINING
+    )
+    guidance_scale: float | None = setting(
+        None, "what a guidance-distilled Flux is told while it trains (default: 3.5)", group=_TRAINING
     )
     seed: int = setting(0, "seed of everything random; equal settings give an equal file", group=_TRAINING)
 
+    loss_type: str = setting(
+        "l2", "what an error counts; huber and smooth_l1: less if large", group=_OBJECTIVE, choices=LOSS_TYPES
+    )
+    huber_c: float = setting(0.1, "error from which it is large, at the most noise", group=_OBJECTIVE)
+    huber_schedule: str = setting("snr", "course from 1 to that", group=_OBJECTIVE, choices=HUBER_SCHEDULES)
+    snr_gamma: float | None = setting(None, "min-SNR weights of noise levels; the paper's are of 5", group=_OBJECTIVE)
+    noise_offset: float = setting(0.0, "noise that is constant over a channel; often 0.05 to 0.1", group=_OBJECTIVE)
+    input_perturbation: float = setting(0.0, "second noise, in the input alone; the paper's is 0.1", group=_OBJECTIVE)
+    value_norm_penalty: float = setting(0.0, "weight of the values' squared norm in the loss", group=_OBJECTIVE)
+    use_ema: bool = setting(False, "samples and files hold the values' average over steps", group=_OBJECTIVE)
+    ema_decay: float = setting(0.999, "its largest decay, (1 + n) / (10 + n) in step n", group=_OBJECTIVE)
+
+    optimizer: str = setting("adamw", "what takes the steps; some need a package", group=_OPTIMIZER, choices=OPTIMIZERS)
     learning_rate: float | None = setting(
         None, "initial learning rate (default: from the table for method, pattern and base)", group=_OPTIMIZER
     )
     text_encoder_lr: float | None = setting(
         None, "learning rate in the text encoder (default: as --learning_rate)", group=_OPTIMIZER
+    )
+    stop_text_encoder_training: float | None = setting(
+        None, "steps in which the text encoder trains; below 1, their share of all (default: all)", group=_OPTIMIZER
     )
     learning_rate_1d: float | None = setting(
         None,
@@ -194,9 +182,9 @@ class TrainingConfig:
     lr_warmup_steps: int = setting(0, "steps of warm-up", group=_OPTIMIZER)
     lr_num_cycles: int = setting(1, "hard resets of cosine_with_restarts", group=_OPTIMIZER)
     lr_power: float = setting(1.0, "power of polynomial", group=_OPTIMIZER)
-    use_8bit_adam: bool = setting(False, "8-bit Adam of bitsandbytes", group=_OPTIMIZER)
+    use_8bit_adam: bool = setting(False, "short for --optimizer adamw8bit", group=_OPTIMIZER)
     adam_beta1: float = setting(0.9, "Adam's beta1", group=_OPTIMIZER)
-    adam_beta2: float = setting(0.999, "Adam's beta2", group=_OPTIMIZER)
+    adam_beta2: float | None = setting(None, "Adam's beta2 (default: 0.999; with lion 0.99)", group=_OPTIMIZER)
     adam_weight_decay: float = setting(1e-2, "weight decay; it pulls towards the base model", group=_OPTIMIZER)
     adam_epsilon: float = setting(1e-8, "Adam's epsilon", group=_OPTIMIZER)
     max_grad_norm: float = setting(1.0, "largest gradient norm", group=_OPTIMIZER)
@@ -216,6 +204,16 @@ class TrainingConfig:
     )
     checkpointing_steps: int = setting(500, "a checkpoint every so many steps", group=_OUTPUT)
     checkpoints_total_limit: int | None = setting(None, "keep the newest so many checkpoints", group=_OUTPUT)
+    history_steps: int | None = setting(
+        None,
+        "keep the adapter of every so many steps in history/; 0: none (default: a tenth of the run)",
+        group=_OUTPUT,
+    )
+    check_result: bool | None = setting(
+        None,
+        "load the file into a fresh base model at the end and compare one picture (default: with --validation_prompt)",
+        group=_OUTPUT,
+    )
     resume_from_checkpoint: str | None = setting(
         None, "go on from a checkpoint of --output_dir: 'latest' or its name, such as checkpoint-500", group=_OUTPUT
     )
@@ -230,6 +228,9 @@ class TrainingConfig:
     )
     hub_token: str | None = setting(None, "token for the upload (default: that of `hf auth login`)", group=_OUTPUT)
 
+    dry_run: bool = setting(
+        False, "take two steps, tell what the run would need, and write nothing into --output_dir", group=_LOOKING
+    )
     validation_prompt: str | None = setting(None, "draw samples with this prompt while it trains", group=_LOOKING)
     num_validation_images: int = setting(4, "samples each time; sample i has seed + i", group=_LOOKING)
     validation_steps: int = setting(100, "draw samples every so many steps, at step 0 and at the end", group=_LOOKING)
@@ -247,6 +248,9 @@ class TrainingConfig:
         "in turn. Without it, every pass cuts anew",
         group=_SPEED,
     )
+    encoding_cache: Path | None = setting(
+        None, "folder that keeps encoded pictures and prompts for later runs (default: memory alone)", group=_SPEED
+    )
     mixed_precision: str | None = setting(
         None,
         "precision of the frozen model (default: as accelerate is set up); what trains is always float32",
@@ -255,6 +259,7 @@ class TrainingConfig:
     )
     gradient_checkpointing: bool = setting(False, "less memory, more time", group=_SPEED)
     enable_xformers_memory_efficient_attention: bool = setting(False, "attention of xformers", group=_SPEED)
+    torch_compile: bool = setting(False, "compile the denoiser's blocks: a slow start, then faster", group=_SPEED)
     allow_tf32: bool = setting(False, "faster, coarser float32 on NVIDIA Ampere and later", group=_SPEED)
     dataloader_num_workers: int = setting(0, "processes that load pictures when they are not cached", group=_SPEED)
     compress_activations: bool = setting(
@@ -275,6 +280,23 @@ class TrainingConfig:
         if self.off_diagonals is not None:
             return self.off_diagonals
         return 0 if self.pattern == "plain" else DEFAULT_OFF_DIAGONALS
+
+    @property
+    def resolved_adam_beta2(self) -> float:
+        """The optimizer's own default filled in."""
+        if self.adam_beta2 is not None:
+            return self.adam_beta2
+        return 0.99 if self.optimizer == "lion" else 0.999
+
+    @property
+    def loss(self) -> LossSettings:
+        """What a sample's loss is."""
+        return LossSettings(self.loss_type, self.huber_c, self.huber_schedule, self.snr_gamma)
+
+    @property
+    def resolved_optimizer(self) -> str:
+        """One of `OPTIMIZERS`, also where it was asked for by ``use_8bit_adam``."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     @property
     def resolved_train_bias(self) -> bool:
@@ -305,6 +327,11 @@ class TrainingConfig:
         return dataclasses.replace(FREEZING, number_of_freezings=number, **chosen)
 
     @property
+    def checks_result(self) -> bool:
+        """Whether the file is compared with the model that trained."""
+        return self.validation_prompt is not None if self.check_result is None else self.check_result
+
+    @property
     def pictures_per_step(self) -> int:
         """Photos that one process sees in one optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps
@@ -316,6 +343,11 @@ class TrainingConfig:
         if self.num_train_epochs is not None:
             return self.num_train_epochs * self._steps_per_pass(number_of_photos, number_of_processes)
         return DEFAULT_TRAIN_STEPS
+
+    def text_encoder_steps(self, steps: int) -> float | None:
+        """Steps of a run of ``steps`` in which the text encoder trains; None for all of them."""
+        limit = self.stop_text_encoder_training
+        return limit if limit is None or limit >= 1 else float(max(1, round(limit * steps)))
 
     def steps_between_samples(self, number_of_photos: int, number_of_processes: int = 1) -> int:
         """Optimizer steps from one validation to the next."""

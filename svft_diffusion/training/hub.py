@@ -19,10 +19,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, exported when asked for
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.training_folder import ADAPTER_FILE
+from svft_diffusion.files.training_folder import ADAPTER_FILE, METRICS_FILE
 from svft_diffusion.training.card import CARD_FILE
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.metrics import FREEZING_FILE, METRICS_FILE
+from svft_diffusion.training.metrics import FREEZING_FILE
 
 # All else in the folder may be private: settings name folders of this machine, logs its name, and photos may lie there.
 _SHARED_FILES = (ADAPTER_FILE, CARD_FILE, METRICS_FILE, FREEZING_FILE)

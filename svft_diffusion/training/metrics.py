@@ -5,18 +5,26 @@ The numbers also go to TensorBoard or W&B where they are wanted and installed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
+from collections import deque
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 
 from svft_diffusion.adapters.freezing import AdaptiveVectorFreezing
+from svft_diffusion.errors import UserError
+from svft_diffusion.files.training_folder import METRICS_FILE
+from svft_diffusion.files.whole_files import replace_when_whole
 
-METRICS_FILE = "metrics.jsonl"
 FREEZING_FILE = "freezing.jsonl"
+LAST_LOSSES = 50  # that a failure report tells
+_SMOOTHING = 0.98
 
 
 def available_tracker(report_to: str) -> tuple[str | None, str]:
@@ -36,24 +44,65 @@ class MetricsLog:
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int) -> None:
         self._accelerator = accelerator
+        self._path = output_dir / METRICS_FILE
         self._file: TextIO | None = None
+        self._losses: deque[float] = deque(maxlen=LAST_LOSSES)
+        self._sum, self._weight = 0.0, 0.0  # of the moving average
         if accelerator.is_main_process:
-            path = output_dir / METRICS_FILE
-            kept = _lines_until(path, first_step)
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+            kept = _rows_until(self._path, first_step)
+            for row in kept:
+                self._smooth(row["loss"])
+            with replace_when_whole(self._path) as unfinished:
+                unfinished.write_text("".join(map(_line, kept)), encoding="utf-8")
+            try:
+                self._file = self._path.open("a", encoding="utf-8")
+            except OSError as problem:
+                raise self._unwritable(problem) from problem
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # every line was flushed, or its failure was told
+                self._file.close()
+
+    @property
+    def smoothed_loss(self) -> float:
+        """Mean loss of about the last fifty steps, the latest counting most; NaN before the first."""
+        return self._sum / self._weight if self._weight else math.nan
+
+    @property
+    def last_losses(self) -> list[float]:
+        """Of the last steps, the latest last."""
+        return list(self._losses)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add the numbers of one step."""
+        """Add the numbers of one step, and the smoothed loss.
+
+        Raises:
+            UserError: the disk is full, or broken.
+        """
+        self._smooth(values["loss"])
+        values = values | {"smoothed_loss": self.smoothed_loss}
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(_line({"step": step, **values}))
+                self._file.flush()
+            except OSError as problem:
+                raise self._unwritable(problem) from problem
         if self._accelerator.trackers:
             self._accelerator.log(values, step=step)
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+    def _unwritable(self, problem: OSError) -> UserError:
+        return UserError(f"can't write {self._path}: {problem.strerror or problem}")
+
+    def _smooth(self, loss: float) -> None:
+        self._losses.append(loss)
+        self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * loss
+        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
 
 
 class FreezingLog:
@@ -70,17 +119,30 @@ class FreezingLog:
             return
         self._lines = len(self._freezing.log)
         rows = [json.dumps(dataclasses.asdict(window)) + "\n" for window in self._freezing.log]
-        self._path.write_text("".join(rows), encoding="utf-8")
+        with replace_when_whole(self._path) as unfinished:
+            unfinished.write_text("".join(rows), encoding="utf-8")
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    if step == 0 or not path.is_file():
+def _line(row: dict[str, Any]) -> str:
+    """JSON knows no infinity, which the gradient's norm can be with fp16 in a step that is left out."""
+    infinite = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(row | dict.fromkeys(infinite)) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; the last line of a killed run may be half a line, and is left out."""
+    if not path.is_file():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # the last line of a killed run may be half a line
+            row = json.loads(line)
+        except ValueError:
             continue
-    return kept
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("loss"), float):
+            rows.append(row)
+    return rows
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(path) if row["step"] <= step] if step else []

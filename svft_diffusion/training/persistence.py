@@ -17,6 +17,7 @@ from svft_diffusion.training.checkpoints import load_checkpoint_state, save_chec
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.setup import ADAPTER_NAME, Run
 from svft_diffusion.training.subject_words import subject_words
+from svft_diffusion.training.subjects import Subject
 from svft_diffusion.training.thumbnail import jpeg_thumbnail
 
 # What an adapter file says of its making: settings that change its values, and nothing of folders or clocks.
@@ -26,71 +27,93 @@ _SETTINGS_IN_FILE = (
     "with_prior_preservation", "prior_loss_weight", "freezing_number", "freezing_warmup_steps", "freezing_interval",
     "freezing_top_k", "freezing_smoothing", "mixed_precision", "seed",
 )  # fmt: skip
+# And these where they are not the defaults, so that files stay small.
+_SPECIAL_SETTINGS_IN_FILE = (
+    "optimizer", "stop_text_encoder_training", "loss_type", "huber_c", "huber_schedule", "snr_gamma", "noise_offset",
+    "input_perturbation", "value_norm_penalty", "use_ema", "ema_decay", "aspect_ratio_buckets", "random_flip",
+    "masked_loss", "unmasked_weight", "prior_source",
+)  # fmt: skip
 # A checkpoint can only be gone on from with the same of these. The optimizer's state brings its settings with it, so
 # that new ones would have no effect.
 _SETTINGS_OF_CHECKPOINT = (
     "method", "pattern", "off_diagonals", "rank", "fraction", "select", "init", "train_values", "train_bias",
     "train_norm", "compress_activations", "targets", "train_text_encoder", "seed", "learning_rate", "text_encoder_lr",
-    "learning_rate_1d", "scale_lr", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "freezing_number",
-    "freezing_warmup_steps", "freezing_interval", "freezing_top_k", "freezing_smoothing",
+    "learning_rate_1d", "stop_text_encoder_training", "use_ema", "ema_decay", "optimizer", "scale_lr", "adam_beta1",
+    "adam_beta2", "adam_weight_decay", "adam_epsilon", "freezing_number", "freezing_warmup_steps", "freezing_interval",
+    "freezing_top_k", "freezing_smoothing",
 )  # fmt: skip
 
 
-def save_result(run: Run, path: Path, samples: Sequence[Path] = ()) -> None:
+def save_result(run: Run, path: Path, samples: Sequence[Path] = (), *, finished_steps: int | None = None) -> None:
     """Write the adapter as it is now, stored as the settings say, with the first of ``samples`` as its thumbnail.
+
+    Args:
+        finished_steps: to be told by the file, where it is not the result of the whole run.
 
     Raises:
         UserError: its values are not finite, or one is too large for float16.
     """
     picture = jpeg_thumbnail(samples[0]) if samples and run.config.thumbnail else None
     metadata = replace(_metadata(run), value_dtype=run.config.adapter_dtype, thumbnail=picture)
-    save_adapter(run.models, ADAPTER_NAME, path, metadata=metadata)
+    if finished_steps is not None:
+        metadata = replace(metadata, training={**metadata.training, "finished_steps": finished_steps})
+    with run.averaged_values():
+        save_adapter(run.models, ADAPTER_NAME, path, metadata=metadata)
 
 
 def _metadata(run: Run) -> AdapterMetadata:
     """What the settings say of the adapter. It was trained at strength 1, and 0 is the base: no more is known."""
     version = base_version(run.family.pipeline)
     return replace(
-        described(run.config),
+        described(run.config, run.subjects),
         base_family=run.family.name,
         base_architecture="" if version is None else version.architecture,
         base_digests=run.base_digests,
     )
 
 
-def described(config: TrainingConfig) -> AdapterMetadata:
-    """What the settings alone say of an adapter."""
-    trigger, class_word = subject_words(config.instance_prompt, config.class_prompt)
-    settings = saved_settings(config)
+def described(config: TrainingConfig, subjects: Sequence[Subject]) -> AdapterMetadata:
+    """What the settings alone say of an adapter. Of several subjects, all triggers are told, and the first's prompt."""
+    words = [subject_words(subject.instance_prompt, subject.class_prompt) for subject in subjects]
+    triggers = [trigger for trigger, _ in words if trigger]
+    names = [" ".join(part for part in pair if part) for pair in words]
+    settings, defaults = saved_settings(config), saved_settings(TrainingConfig())
+    special = [name for name in _SPECIAL_SETTINGS_IN_FILE if settings.get(name) != defaults.get(name)]
     return AdapterMetadata(
         base_name=base_display_name(config.pretrained_model_name_or_path),
-        trigger=trigger,
-        class_word=class_word,
-        instance_prompt=config.instance_prompt,
-        class_prompt=config.class_prompt,
-        title=" ".join(part for part in (trigger, class_word) if part) or None,
-        training={name: settings[name] for name in _SETTINGS_IN_FILE if name in settings},
+        trigger=", ".join(triggers) or None,
+        class_word=words[0][1] if len(words) == 1 else None,
+        instance_prompt=subjects[0].instance_prompt,
+        class_prompt=subjects[0].class_prompt,
+        title=", ".join(name for name in names if name) or None,
+        training={name: settings[name] for name in (*_SETTINGS_IN_FILE, *special) if name in settings},
     )
 
 
 def save_run(run: Run, step: int) -> None:
-    """Write the checkpoint of a run that has finished ``step`` steps."""
+    """Write the checkpoint of a run that has finished ``step`` steps.
+
+    Raises:
+        UserError: it can't be written, or a value is not finite; earlier checkpoints are as they were.
+    """
     if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler
         state = {
             "settings": {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT},
-            "optimizer": run.optimizer.state_dict(),
-            "lr_scheduler": run.lr_scheduler.state_dict(),
-            "freezing": run.freezing.state_dict() if run.freezing is not None else None,
-            "gradient_scaler": scaler.state_dict() if scaler is not None else None,
+            "pictures": _picture_names(run),
+            "pieces": {name: piece.state_dict() for name, piece in run.pieces.items()},
         }
 
         def write_adapter(path: Path) -> None:
             # As float32, whatever the settings say: going on from it loses nothing.
-            save_adapter(run.models, ADAPTER_NAME, path, metadata=_metadata(run))
+            with run.averaged_values():
+                save_adapter(run.models, ADAPTER_NAME, path, metadata=_metadata(run))
 
         save_checkpoint(run.config.output_dir, step, write_adapter, state, run.config.checkpoints_total_limit)
     run.accelerator.wait_for_everyone()
+
+
+def _picture_names(run: Run) -> dict[str, list[str]]:
+    return {stream.kind: [picture.path.name for picture in stream.pictures] for stream in run.streams}
 
 
 def resume(run: Run, checkpoint: Path) -> int:
@@ -100,11 +123,13 @@ def resume(run: Run, checkpoint: Path) -> int:
         UserError: the checkpoint is damaged, of another adapter or base, or already past the end.
     """
     state = load_checkpoint_state(checkpoint)
-    for name, value in state["settings"].items():
-        if getattr(run.config, name) != value:
+    for name in _SETTINGS_OF_CHECKPOINT:
+        if name not in state["settings"]:
+            raise UserError(f"{checkpoint.name} was written by another version of this program, without {name}")
+        if state["settings"][name] != getattr(run.config, name):
             raise UserError(
-                f"{checkpoint.name} was trained with {name}={value}, now it is {getattr(run.config, name)}: "
-                "resume with the same, or start a new run in another --output_dir"
+                f"{checkpoint.name} was trained with {name}={state['settings'][name]}, now it is "
+                f"{getattr(run.config, name)}: resume with the same, or start a new run in another --output_dir"
             )
     step = step_of(checkpoint)
     if step > run.total_steps:
@@ -113,10 +138,20 @@ def resume(run: Run, checkpoint: Path) -> int:
     matches = matches_of_pipeline(run.models, layer_names(tensors), header.base.digests)
     check_base(header, matches, base_display_name(run.config.pretrained_model_name_or_path))
     load_adapter_state(run.models, ADAPTER_NAME, tensors)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if run.freezing is not None:
-        run.freezing.load_state_dict(state["freezing"])
-    if run.accelerator.scaler is not None and state["gradient_scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+    saved, pieces = state["pieces"], run.pieces
+    if different := sorted(saved.keys() ^ pieces.keys()):
+        lack = "has no" if different[0] in pieces else "has a"
+        raise UserError(
+            f"{checkpoint.name} {lack} state of {different[0]}, unlike this run: resume with the settings that it was "
+            "trained with, or start a new run in another --output_dir"
+        )
+    for name, piece in pieces.items():
+        try:
+            piece.load_state_dict(saved[name])
+        except (ValueError, KeyError, TypeError, RuntimeError) as problem:
+            reason = " ".join(str(problem).split())
+            message = f"{checkpoint.name} has a state of {name} that does not fit this run: {reason}"
+            raise UserError(message) from problem
+    if state["pictures"] != _picture_names(run):
+        run.accelerator.print(f"the pictures are not those of {checkpoint.name}: training goes on with the new ones")
     return step

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import tqdm  # shows a bar in the first process only
 
-from svft_diffusion.data.dataset import keyed_generator
-from svft_diffusion.errors import UserError
+from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.training_folder import ADAPTER_FILE
-from svft_diffusion.training.batches import Batch
+from svft_diffusion.terminal import printable
 from svft_diffusion.training.card import write_card, write_config
+from svft_diffusion.training.checkpoints import remove_leftovers
 from svft_diffusion.training.checks import Inputs, check
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.failure import write_failure_report
+from svft_diffusion.training.finite import TrainingDiverged
+from svft_diffusion.training.history import belongs_into_history, history_file, history_interval
 from svft_diffusion.training.hub import push_to_hub
 from svft_diffusion.training.interruption import Interruption
+from svft_diffusion.training.loss_plot import draw_loss
+from svft_diffusion.training.memory import out_of_memory_explained
 from svft_diffusion.training.metrics import FreezingLog, MetricsLog
-from svft_diffusion.training.objective import Losses, denoising_losses, draw_randomness
+from svft_diffusion.training.optimizers import state_in_8_bits
+from svft_diffusion.training.output_folder import prepare_folder
 from svft_diffusion.training.persistence import resume, save_result, save_run
+from svft_diffusion.training.photo_report import notes_on_photos, write_photos
+from svft_diffusion.training.self_check import check_file
 from svft_diffusion.training.setup import Run, make_accelerator, prepare_run
-from svft_diffusion.training.validation import draw_samples
-
-
-class TrainingDiverged(UserError):
-    """Loss or gradients are no finite numbers any more."""
+from svft_diffusion.training.speed import attention_in_words, compilation_explained
+from svft_diffusion.training.status import SAMPLING, STOPPING, RunStatus
+from svft_diffusion.training.step import optimizer_step
+from svft_diffusion.training.validation import draw_samples, samples_missing
 
 
 @dataclass(frozen=True)
@@ -62,40 +70,84 @@ def train(config: TrainingConfig, *, on_step: Callable[[StepReport], None] | Non
         on_step: called after every optimizer step.
 
     Raises:
-        UserError: settings, files or base model that can't work, before anything is written.
-        TrainingDiverged: the loss is no finite number any more; what was saved before stays.
-        KeyboardInterrupt: after Ctrl-C, when the adapter and a checkpoint are saved.
+        UserError: settings, files or base model that can't work; or a file can't be written. What was saved before
+            stays.
+        TrainingDiverged: something is no finite number any more; what was saved before stays.
+        Interrupted: after Ctrl-C, another signal or a stop file; the adapter and a checkpoint are saved.
     """
     started = time.perf_counter()
+    remove_leftovers(config.output_dir)  # before the check looks for checkpoints
     inputs = check(config)
     use_cache(config.factor_cache, config.factor_cache_size)
     # Training seeds torch at every step; the caller's own random numbers are not touched by that.
     with torch.random.fork_rng(devices=[]):
         accelerator = make_accelerator(config)
         for note in inputs.notes:
-            accelerator.print(note)
+            accelerator.print(printable(note))
+        watch = _Watch(accelerator, config.output_dir)
         try:
-            return _train(prepare_run(config, inputs, accelerator), inputs, started, on_step)
+            memory = out_of_memory_explained(config, accelerator.device)
+            with watch.interruption, watch.status, memory, compilation_explained(config):
+                run = prepare_run(config, inputs, accelerator, watch.progress)
+                return _train(run, inputs, started, watch, on_step)
         finally:
             accelerator.end_training()
 
 
-def _train(run: Run, inputs: Inputs, started: float, on_step: Callable[[StepReport], None] | None) -> TrainingResult:
+class _Watch:
+    """What goes on beside a run: requests to end it, and the word on where it stands."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
+        self._together = accelerator.num_processes > 1
+        self.interruption = Interruption(output_dir)
+        self.status = RunStatus(output_dir, active=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            self.interruption.forget_old_stop_file()
+
+    def progress(self, state: str) -> None:
+        """Called again and again outside of steps; raises `Interrupted` if the run shall end."""
+        self.status.enter(state)
+        if not (self._together and state == SAMPLING):  # one of several samples, and must not leave the others alone
+            self.interruption.check()
+
+
+def _train(
+    run: Run, inputs: Inputs, started: float, watch: _Watch, on_step: Callable[[StepReport], None] | None
+) -> TrainingResult:
     config, accelerator = run.config, run.accelerator
-    first_step = resume(run, inputs.checkpoint) if inputs.checkpoint else 0
+    first_step = run.finished_steps = resume(run, inputs.checkpoint) if inputs.checkpoint else 0
     _announce(run, first_step)
     if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
+        for note in prepare_folder(config.output_dir, first_step):
+            accelerator.print(note)
         write_config(config)
+        if first_step == 0:
+            for note in notes_on_photos(run):
+                accelerator.print(printable(note))
+            write_photos(run)
     if accelerator.log_with:
         accelerator.init_trackers("svft-diffusion")
     accelerator.wait_for_everyone()
 
-    last_loss = _run_steps(run, first_step, on_step)
-    samples = draw_samples(run, run.total_steps)
+    with MetricsLog(accelerator, config.output_dir, first_step) as log:
+        try:
+            samples = _run_steps(run, log, watch, on_step)
+        except Interrupted:
+            watch.status.enter(STOPPING)
+            if run.finished_steps > first_step:
+                _save_early(run)
+            raise
+        except Exception as error:
+            unexpected = isinstance(error, TrainingDiverged) or not isinstance(error, UserError)
+            if accelerator.is_main_process and unexpected:
+                write_failure_report(run, error, log.last_losses)
+            raise
     if accelerator.is_main_process:
         save_result(run, config.output_dir / ADAPTER_FILE, samples)
         write_card(config, samples)
+        _say(run, draw_loss(config.output_dir))
+        if config.checks_result:
+            _say(run, check_file(run, config.output_dir / ADAPTER_FILE))
         if config.push_to_hub:
             accelerator.print(f"uploaded to {push_to_hub(config, samples)}")
     accelerator.wait_for_everyone()
@@ -105,105 +157,55 @@ def _train(run: Run, inputs: Inputs, started: float, on_step: Callable[[StepRepo
         samples=samples,
         steps=run.total_steps,
         trained_values=run.trained_values,
-        last_loss=last_loss,
+        last_loss=log.last_losses[-1] if run.finished_steps > first_step else math.nan,
         seconds=time.perf_counter() - started,
     )
 
 
-def _run_steps(run: Run, first_step: int, on_step: Callable[[StepReport], None] | None) -> float:
-    """The loop: all steps from ``first_step`` on; returns the last loss."""
-    config, accelerator = run.config, run.accelerator
-    loss = math.nan
+def _run_steps(run: Run, log: MetricsLog, watch: _Watch, on_step: Callable[[StepReport], None] | None) -> list[Path]:
+    """The loop: all steps that are left; returns the samples after the last."""
+    config, first_step = run.config, run.finished_steps
+    freezing_log = FreezingLog(config.output_dir, run.freezing if run.accelerator.is_main_process else None)
     batches = run.batches(first_step)
-    log = MetricsLog(accelerator, config.output_dir, first_step)
-    freezing_log = FreezingLog(config.output_dir, run.freezing if accelerator.is_main_process else None)
-    if first_step == 0:
-        draw_samples(run, 0)
+    if samples_missing(run, first_step):
+        draw_samples(run, first_step)
     progress = tqdm(initial=first_step, total=run.total_steps, desc="training")
     started = time.perf_counter()
     try:
-        with Interruption() as interruption:
-            for step in range(first_step + 1, run.total_steps + 1):
-                metrics = _optimizer_step(run, batches, step)
-                loss = metrics["loss"]
-                log.write(step, metrics)
-                freezing_log.write()
-                progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                progress.update()
-                if step % config.checkpointing_steps == 0:
-                    save_run(run, step)
-                if step % run.steps_between_samples == 0 and step < run.total_steps:
-                    draw_samples(run, step)
-                if on_step is not None:
-                    on_step(StepReport(step, run.total_steps, loss, time.perf_counter() - started))
-                if interruption.requested and step < run.total_steps:
-                    _stop_early(run, step)
+        for step in range(first_step + 1, run.total_steps + 1):
+            begun = time.perf_counter()
+            metrics = optimizer_step(run, batches, step)
+            seconds = time.perf_counter() - begun
+            run.finished_steps = step
+            log.write(step, metrics)
+            freezing_log.write()
+            watch.status.step_finished(step, run.total_steps, loss=log.smoothed_loss, seconds=seconds)
+            _save_what_is_due(run, step)
+            if on_step is not None:
+                on_step(StepReport(step, run.total_steps, metrics["loss"], time.perf_counter() - started))
+            watch.interruption.check_together(run.accelerator)
+            # Last, because a terminal that was closed can't show it.
+            progress.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            progress.update()
+        return draw_samples(run, run.total_steps)
     finally:
         progress.close()
-        log.close()
-    return loss
+        if isinstance(batches, Generator):
+            batches.close()  # and with it the processes that load pictures
 
 
-def _optimizer_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, float]:
-    """One update from ``gradient_accumulation_steps`` batches; returns the numbers of the step.
-
-    Raises:
-        TrainingDiverged: loss or gradient is not finite; the values are as they were before the step.
-    """
-    config, accelerator = run.config, run.accelerator
-    # Noise has its own generators; this is for dropout inside a base model that has any.
-    torch.manual_seed(keyed_generator(config.seed, "step", step, accelerator.process_index).initial_seed())
-    sums = torch.zeros(3, device=accelerator.device)  # total, instance, prior
-    for _ in range(config.gradient_accumulation_steps):
-        losses = _losses(run, next(batches))
-        accelerator.backward(losses.total / config.gradient_accumulation_steps)
-        prior = losses.prior if losses.prior is not None else torch.zeros_like(losses.total)
-        sums += torch.stack((losses.total, losses.instance, prior)).detach()
-    loss, instance_loss, prior_loss = accelerator.reduce(sums / config.gradient_accumulation_steps, "mean").tolist()
-    if run.freezing is not None:
-        run.freezing.drop_gradients()
-    _average_gradients(run)
-    gradient_norm = float(accelerator.clip_grad_norm_(run.parameters.values(), config.max_grad_norm))
-    # With fp16 a gradient that overflowed is normal: the scaler leaves the step out and scales less.
-    if not math.isfinite(loss) or (not math.isfinite(gradient_norm) and accelerator.mixed_precision != "fp16"):
-        raise TrainingDiverged(_divergence_message(run, step))
-    learning_rate = run.lr_scheduler.get_last_lr()[0]
-    run.optimizer.step()
-    run.lr_scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    metrics = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
-    if config.with_prior_preservation:
-        metrics |= {"instance_loss": instance_loss, "prior_loss": prior_loss}
-    return metrics
-
-
-def _losses(run: Run, batch: Batch) -> Losses:
+def _save_what_is_due(run: Run, step: int) -> None:
+    """The checkpoint, the adapter of the history and the samples of a step, in the order of their worth."""
     config = run.config
-    randomness = draw_randomness(
-        config.seed,
-        batch.samples,
-        batch.latents.mean,
-        timestep_sampling=config.timestep_sampling,
-        number_of_timesteps=run.family.number_of_timesteps,
-    )
-    with run.accelerator.autocast():
-        return denoising_losses(
-            run.family,
-            batch.latents,
-            run.prompts.conditioning(batch.prompts),
-            randomness,
-            prior_loss_weight=config.prior_loss_weight if config.with_prior_preservation else None,
-        )
-
-
-def _average_gradients(run: Run) -> None:
-    """The mean gradient of all processes, sent as one short vector; an adapter has few values."""
-    if run.accelerator.num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in run.parameters.values() if parameter.grad is not None]
-    mean = run.accelerator.reduce(torch.cat(gradients), "mean")
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part)
+    if step % config.checkpointing_steps == 0:
+        save_run(run, step)
+    samples = step < run.total_steps and run.draws_samples(step)
+    interval = history_interval(config.history_steps, run.total_steps)
+    wanted = belongs_into_history(step, interval=interval, sampled=samples, total_steps=run.total_steps)
+    if wanted and run.accelerator.is_main_process:
+        save_result(run, history_file(config.output_dir, step), finished_steps=step)
+    if samples:
+        draw_samples(run, step)
 
 
 def _announce(run: Run, first_step: int) -> None:
@@ -216,6 +218,13 @@ def _announce(run: Run, first_step: int) -> None:
         f"training {run.trained_values:,} values in {run.adapted_layers} layers of {' and '.join(run.models)}, "
         f"{run.total_steps} steps, learning rate {run.config.learning_rate:g}"
     )
+    say(f"attention: {attention_in_words(run.models)}")
+    if run.config.optimizer == "adamw8bit":
+        say("8-bit AdamW keeps the state of {:,} of {:,} values in 8 bits".format(*state_in_8_bits(run.parameters)))
+    if run.averaging is not None:
+        say("samples and the adapter file hold the values' average over steps, checkpoints also what trains")
+    if (limit := run.config.stop_text_encoder_training) is not None:
+        say(f"the text encoder trains for {limit:g} steps")
     if (settings := run.config.freezing) is not None and settings.warmup_steps < run.total_steps:
         frozen = settings.number_frozen(len(run.parameters))
         say(
@@ -226,19 +235,17 @@ def _announce(run: Run, first_step: int) -> None:
         say(f"going on from step {first_step}")
 
 
-def _stop_early(run: Run, step: int) -> None:
-    save_run(run, step)
+def _save_early(run: Run) -> None:
+    save_run(run, run.finished_steps)
     if run.accelerator.is_main_process:
         save_result(run, run.config.output_dir / ADAPTER_FILE)
+        _say(run, draw_loss(run.config.output_dir))
     run.accelerator.print(
-        f"stopped after step {step}, all saved in {run.config.output_dir}; "
+        f"stopped after step {run.finished_steps}, all saved in {run.config.output_dir}; "
         "go on with the same command and --resume_from_checkpoint latest"
     )
-    raise KeyboardInterrupt
 
 
-def _divergence_message(run: Run, step: int) -> str:
-    return (
-        f"the loss is no finite number in step {step}, so training stopped; try a lower --learning_rate than "
-        f"{run.config.learning_rate:g}, or --mixed_precision no. What was saved before is in {run.config.output_dir}"
-    )
+def _say(run: Run, text: str) -> None:
+    if text:
+        run.accelerator.print(text)

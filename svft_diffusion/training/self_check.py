@@ -1,0 +1,69 @@
+"""The end of a run: does the file that was written draw what the trained model draws?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from svft_diffusion.adapters import load_adapter
+from svft_diffusion.errors import UserError
+from svft_diffusion.sampling.sample import generate
+from svft_diffusion.training.setup import Run, load_base
+from svft_diffusion.training.validation import decoding_without_autocast
+
+_STEPS = 4  # enough for every layer to count
+_VISIBLE = 8  # of 255 levels
+
+
+def check_file(run: Run, adapter: Path) -> str:
+    """Load ``adapter`` into a fresh base model, draw one picture with it and with the trained model, and say how they
+    compare.
+
+    The trained model is moved off the accelerator before the fresh one comes: they need not fit there together. The
+    run is over by then, and nothing that goes wrong here ends it.
+    """
+    live_pipeline = run.family.pipeline
+    denoiser = next(iter(run.models))
+    device, dtype = live_pipeline.device, live_pipeline.components[denoiser].dtype
+    try:
+        with run.averaged_values():
+            live = _draw(run, live_pipeline)
+        if device.type != "cpu":
+            live_pipeline.to("cpu")
+        fresh = load_base(run.config, dtype).to(device)
+        if fresh.vae.dtype != live_pipeline.vae.dtype:
+            fresh.vae.to(live_pipeline.vae.dtype)
+        load_adapter(fresh, adapter)
+        levels = np.abs(_draw(run, fresh) - live)
+    except (UserError, RuntimeError, MemoryError, OSError) as problem:  # such as too little memory for another model
+        return f"warning: {adapter.name} was not tried in a fresh base model: {' '.join(str(problem).split())}"
+    if not levels.any():
+        return f"checked: loaded into a fresh base model, {adapter.name} draws the same picture as the trained model"
+    where = f"up to {levels.max()} of 255 levels, {levels.mean():.2g} on average"
+    if levels.max() < _VISIBLE:
+        return f"checked: {adapter.name} draws what the trained model draws, but for rounding ({where})"
+    return (
+        f"warning: loaded into a fresh base model, {adapter.name} draws another picture than the trained model "
+        f"({where}); compare its samples with those of the run before you rely on it"
+    )
+
+
+def _draw(run: Run, pipeline: DiffusionPipeline) -> np.ndarray:
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module):
+            model.eval()
+    with torch.no_grad(), run.accelerator.autocast(), decoding_without_autocast(pipeline.vae):
+        image = generate(
+            pipeline,
+            run.config.validation_prompt or run.config.instance_prompt or "",
+            seed=run.config.seed,
+            num_inference_steps=_STEPS,
+            height=run.config.resolution,
+            width=run.config.resolution,
+            max_sequence_length=run.config.max_sequence_length,
+        )
+    return np.asarray(image, dtype=int)
