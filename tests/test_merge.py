@@ -493,18 +493,3 @@ def check_names(pipe: DiffusionPipeline, model: str, unet_tensors: int, text_ten
         assert {name: tensor.shape for name, tensor in found.items()} == {
             name: tensor.shape for name, tensor in component.state_dict().items()
         }
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
-@pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
-def test_others_may_read_what_the_umask_lets_them(
-    base_and_adapter: tuple[Path, Path], tmp_path: Path, output: str
-) -> None:
-    base, dog = base_and_adapter
-    before = os.umask(0o022)
-    try:
-        assert main(["merge", str(dog), "--base", str(base), "-o", str(tmp_path / output)]) == 0
-    finally:
-        os.umask(before)
-    files = [file for file in [tmp_path / output, *tmp_path.rglob("*")] if file.is_file()]
-    assert files and {file.stat().st_mode & 0o777 for file in files} == {0o644}

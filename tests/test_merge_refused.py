@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -217,3 +218,15 @@ def test_pipelines_that_a_single_file_can_not_hold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no name for extra\.weight of this UNet2DConditionModel"):
         write_single_file(pipe, tmp_path / "a.safetensors", metadata={})
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
+def test_others_may_read_what_the_umask_lets_them(models: ModelsOnDisk, tmp_path: Path, output: str) -> None:
+    before = os.umask(0o022)
+    try:
+        assert main(["merge", str(models.dog), "--base", str(models.base), "-o", str(tmp_path / output)]) == 0
+    finally:
+        os.umask(before)
+    files = [file for file in [tmp_path / output, *tmp_path.rglob("*")] if file.is_file()]
+    assert files and {file.stat().st_mode & 0o777 for file in files} == {0o644}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +22,7 @@ POOLED_TEXT = "pooled_text"
 """Key of the conditioning: one vector for each prompt, (B, width)."""
 
 
-class LatentDiffusionFamily:
+class LatentDiffusionFamily(ABC):
     """The part of `ModelFamily` that is alike everywhere; see there for what each method does."""
 
     name: str
@@ -66,11 +67,13 @@ class LatentDiffusionFamily:
     def truncated_text(self, prompt: str) -> str:
         return truncated_text(self.pipeline, prompt, self.max_sequence_length)
 
+    @abstractmethod
     def encode_text(self, component: str, token_ids: Tensor) -> Conditioning:
-        raise NotImplementedError
+        """See `ModelFamily`."""
 
+    @abstractmethod
     def combine_text(self, encoded: Mapping[str, Conditioning]) -> Conditioning:
-        raise NotImplementedError
+        """See `ModelFamily`."""
 
     def encode_prompts(self, token_ids: TokenIds) -> Conditioning:
         return self.combine_text({component: self.encode_text(component, ids) for component, ids in token_ids.items()})
