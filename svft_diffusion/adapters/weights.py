@@ -85,6 +85,29 @@ def per_sample_adapters(pipe: object, weights: Sequence[Mapping[str, AdapterWeig
             layer.sample_weights = sample_weights
 
 
+def layers_with_weights(
+    pipe: object, weights: Mapping[str, AdapterWeight]
+) -> dict[str, list[tuple[SpectralLayer, dict[str, float]]]]:
+    """Component -> each of its layers with the weights that `set_adapters` would give it; nothing is changed.
+
+    Raises:
+        UserError: as `set_adapters`.
+    """
+    _check_mapping(weights)
+    components = components_of(pipe)
+    layers = {component: indexed_layers(model) for component, model in components.items()}
+    check_loaded(components, weights)
+    _refuse_fused(layers, "change weights")
+    by_layer = {name: _weights_by_layer(components, layers, name, weight) for name, weight in weights.items()}
+    return {
+        component: [
+            (layer, {name: by_layer[name][component][position] for name in weights if layer.has_adapter(name)})
+            for position, layer in enumerate(by_path.values())
+        ]
+        for component, by_path in layers.items()
+    }
+
+
 def weights_in_layers(pipe: object, name: str, weight: AdapterWeight) -> dict[str, float]:
     """Canonical name of each layer that carries adapter ``name`` -> the weight that `set_adapters` would give it there.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,9 @@ from svft_diffusion.adapters.weights import AdapterWeight
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import AdapterHeader, Matches, check_base, layer_names, matches_of_folder, read_adapter
 from svft_diffusion.files.carrier import file_of_adapter
-from svft_diffusion.files.names import COMPONENTS
 from svft_diffusion.files.training_folder import ADAPTER_FILE, adapter_file
 from svft_diffusion.models.loading import base_display_name, resolve_base
-
-COMPONENT_LABELS = {
-    "unet": "unet",
-    "transformer": "transformer",
-    "te": "text_encoder",
-    "te2": "text_encoder_2",
-    "te3": "text_encoder_3",
-}
-"""How the command line calls the components of a pipeline; their own names are understood too."""
+from svft_diffusion.sampling.weight_text import component_weights, number_in, weight_number
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ def parse_adapter_choice(text: str) -> AdapterChoice:
         UserError: a weight that is no finite number, or two weights.
     """
     path, weight = _split_weight(text)
-    if _weights_of_components(text, weight) is not None:
+    if component_weights(text, weight) is not None:
         raise UserError(
             f"--adapter {text}: one weight for each adapter here; make one of it with `svft-diffusion blend {text} "
             "-o OUT.safetensors`, or use set_adapters in Python"
@@ -72,13 +62,13 @@ def parse_adapter_choice(text: str) -> AdapterChoice:
         raise UserError(
             f"--adapter {text}: one weight for each adapter; tools disagree on which of two is the text encoder's"
         )
-    return AdapterChoice(_file_at(path), _number_of(f"--adapter {text}", weight, "FILE:0.8"))
+    return AdapterChoice(_file_at(path), weight_number(f"--adapter {text}", weight, "FILE:0.8"))
 
 
 def parse_weighted_file(text: str) -> WeightedFile:
     """``FILE[:weight]`` as `parse_adapter_choice`, where a weight may be ``unet=0.5,te=0.2`` too.
 
-    `COMPONENT_LABELS` are the names; components that are not named are off.
+    Components that are not named are off; `svft_diffusion.sampling.weight_text.COMPONENT_LABELS` are their names.
 
     Raises:
         UserError: a weight that is no finite number, an unknown component, or two weights without names.
@@ -89,9 +79,9 @@ def parse_weighted_file(text: str) -> WeightedFile:
             f"{text}: one weight for each adapter; tools disagree on which of two is the text encoder's, "
             "so write FILE:unet=0.5,te=0.2"
         )
-    of_components = _weights_of_components(text, weight)
+    of_components = component_weights(text, weight)
     example = "FILE:0.8 or FILE:unet=0.5,te=0.2"
-    return WeightedFile(_file_at(path), of_components or _number_of(text, weight, example))
+    return WeightedFile(_file_at(path), of_components or weight_number(text, weight, example))
 
 
 def parse_weighted_files(texts: Sequence[str]) -> list[WeightedFile]:
@@ -187,7 +177,7 @@ def _split_weight(text: str) -> tuple[str, str]:
     head, _, tail = text.rpartition(":")
     if not head or Path(text).exists() or re.fullmatch(r"[A-Za-z]", head):
         return text, ""
-    is_weight = _number(tail) is not None or "=" in tail or _ends_like_a_file(head)
+    is_weight = number_in(tail) is not None or "=" in tail or _ends_like_a_file(head)
     return (head, tail) if is_weight else (text, "")
 
 
@@ -195,46 +185,13 @@ def _has_second_number(path: str, weight: str) -> bool:
     """Whether two numbers were given, as ``FILE:0.5:0.2`` or ``FILE:0.5,0.2``."""
     head, _, tail = path.rpartition(":")
     numbers = weight.split(",")
-    return (_number(tail) is not None and _ends_like_a_file(head)) or (
-        len(numbers) > 1 and all(_number(number) is not None for number in numbers)
+    return (number_in(tail) is not None and _ends_like_a_file(head)) or (
+        len(numbers) > 1 and all(number_in(number) is not None for number in numbers)
     )
-
-
-def _weights_of_components(text: str, weight: str) -> dict[str, float] | None:
-    """``unet=0.5,te=0.2`` as component -> weight; None for what has no names in it."""
-    if "=" not in weight:
-        return None
-    weights: dict[str, float] = {}
-    for part in weight.split(","):
-        label, _, number = part.partition("=")
-        component = COMPONENT_LABELS.get(label.strip(), label.strip())
-        if component not in COMPONENTS:
-            raise UserError(f"{text}: no component {label.strip()!r}; choose from {', '.join(COMPONENT_LABELS)}")
-        if component in weights:
-            raise UserError(f"{text}: {label.strip()} has two weights")
-        weights[component] = _number_of(text, number, "FILE:unet=0.5,te=0.2")
-    return weights
-
-
-def _number_of(argument: str, weight: str, example: str) -> float:
-    """A weight as a number; 1 for none."""
-    number = 1.0 if not weight else _number(weight)
-    if number is None:
-        raise UserError(f"{argument}: the weight {weight!r} is not a number; write {example}")
-    if not math.isfinite(number):
-        raise UserError(f"{argument}: the weight must be a finite number")
-    return number
 
 
 def _file_at(path: str) -> Path:
     return adapter_file(Path(path).expanduser())
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _ends_like_a_file(text: str) -> bool:

@@ -11,7 +11,7 @@ _TEXT_SIZE = 14
 _LINE_HEIGHT = 18
 _MOST_LINES = 12
 _LABEL_WIDTH = 220
-_SMALLEST_DEFAULT_CELL, _LARGEST_DEFAULT_CELL = 160, 512
+_SMALLEST_DEFAULT_CELL, LARGEST_DEFAULT_CELL = 160, 512
 _MOST_PIXELS = 64_000_000
 
 _BACKGROUND, _TEXT, _EMPTY = "white", "#202020", "#e8e8e8"
@@ -109,7 +109,7 @@ def _split_word(word: str, font: Font, width: int) -> list[str]:
 
 
 def _default_cell_width(first: Image.Image, cells: int) -> int:
-    wanted = min(max(first.width, _SMALLEST_DEFAULT_CELL), _LARGEST_DEFAULT_CELL)
+    wanted = min(max(first.width, _SMALLEST_DEFAULT_CELL), LARGEST_DEFAULT_CELL)
     affordable = int((_MOST_PIXELS / cells * first.width / first.height) ** 0.5)
     return max(16, min(wanted, affordable))
 
