@@ -45,7 +45,13 @@ from svft_diffusion import (
     swap_adapter,
     unload_adapter,
 )
-from svft_diffusion.adapters import add_training_adapter, loaded_adapters, token_parameters
+from svft_diffusion.adapters import (
+    adapter_state,
+    add_training_adapter,
+    load_adapter_state,
+    loaded_adapters,
+    token_parameters,
+)
 from svft_diffusion.adapters import runtime as adapter_runtime
 from svft_diffusion.adapters.injection import remove
 from svft_diffusion.errors import UserError
@@ -423,3 +429,25 @@ def test_a_copy_of_a_text_encoder_knows_the_tokens_too() -> None:
         token_parameters(pipe, "dog")["text_encoder.tokens"].zero_()
     assert not torch.equal(pipe.text_encoder(ids).last_hidden_state, expected)
     assert torch.equal(copied(ids).last_hidden_state, expected)
+
+
+def test_state_of_an_adapter_holds_its_tokens_and_goes_back_into_it(tmp_path: Path) -> None:
+    file = adapter_file(tmp_path / "dog.safetensors")
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    load_adapter(pipe, file, "dog")
+    live_adapter(other, "dog", seed=3)
+    state = adapter_state(pipe, "dog")
+    assert state.keys() == {*read_adapter(file)[1]} - {"sketch"}
+    with pytest.raises(UserError, match=r"the state alone has text_encoder\.tokens"):
+        load_adapter_state(other, "dog", state)
+    add_tokens(other, "dog", learned(other, (TOKEN,), seed=9))
+    before = adapter_state(other, "dog")
+    rows_of_state = state["text_encoder.tokens"]
+    with pytest.raises(UserError, match=r"the adapter alone has text_encoder\.tokens"):
+        load_adapter_state(other, "dog", {key: state[key] for key in state if key != "text_encoder.tokens"})
+    with pytest.raises(UserError, match=r"text_encoder\.tokens is of another shape"):
+        load_adapter_state(other, "dog", {**state, "text_encoder.tokens": rows_of_state.repeat(2, 1)})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_state(other, "dog").items())
+    load_adapter_state(other, "dog", state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in adapter_state(other, "dog").items())
+    assert torch.equal(hidden(other, f"a photo of {TOKEN}"), hidden(pipe, f"a photo of {TOKEN}"))

@@ -19,7 +19,7 @@ from svft_diffusion.adapters.methods import LISTED, LayerOptions, number_of_valu
 from svft_diffusion.adapters.training import LARGEST_SILENT_ERROR
 from svft_diffusion.adapters.tuner import layer_options
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.fingerprint import both_bases, check_base, matches_of_pipeline
+from svft_diffusion.files.fingerprint import both_bases, check_base, matches_of_pipeline, number_taken_on_trust
 from svft_diffusion.files.header import AdapterHeader
 from svft_diffusion.files.names import base_module, module_path, split_canonical_name
 from svft_diffusion.files.tensor_names import POSITIONS, TRAINED_PARTS, layer_names, tensor_name
@@ -159,11 +159,17 @@ def difference_of_base(
     """Compare the weights of the base at hand with those of the training, by their digests.
 
     Raises:
-        UserError: some are others, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer.
+        UserError: some are others, and ``on_mismatch`` is ``error``; or the pipeline lacks a layer, or the full weight
+            of a quantized one is not to be had.
     """
     matches = matches_of_pipeline(pipe, layer_names(tensors), header.base.digests)
     if on_mismatch == "error":
         check_base(header, matches, _base_name(pipe), adapter=str(file))
+    if on_trust := number_taken_on_trust(pipe, layer_names(tensors)):
+        _logger.warning(
+            "%d of %d adapted layers are quantized, which hides their weights: those that the base's checkpoint holds "
+            "stand for them, compared with the training and decomposed", on_trust, matches.total,
+        )  # fmt: skip
     if matches.all:
         return BaseDifference(None, precision=matches.rounded > 0)
     weights = both_bases(header, matches, _base_name(pipe), adapter=str(file))

@@ -43,7 +43,6 @@ from svft_diffusion.adapters.tokens import (
     check_same_tokens,
     check_tokens,
     copy_token_rows,
-    token_parameters,
     tokens_in,
     tokens_of,
     without_tokens,
@@ -199,8 +198,6 @@ def save_adapter(pipe: object, name: str, file: str | os.PathLike[str], *, metad
     sketch = sketch_of_bases(adapted_layers(used, name), name, state)
     if sketch is not None:
         state[SKETCH] = sketch
-    for key, rows in token_parameters(pipe, name).items():
-        state[key] = stored_tensor(key, rows, metadata.value_dtype)
     return write_adapter(Path(file), _header_for(pipe, used, name, layer_names(state), metadata), state)
 
 

@@ -7,12 +7,14 @@ and language models have in common. `_ATTENTION`, `_CROSS_ATTENTION` and `_FEED_
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from svft_diffusion.adapters.layers.kinds import Kind, layer_kind
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.names import base_module
+from svft_diffusion.settings import nearest_hint
 
 PRESETS = {
     "attention": "the projections of every attention: queries, keys, values and outputs",
@@ -109,6 +111,49 @@ def matching_layers(model: nn.Module, preset: str, *, train_norm: bool | None = 
     if not any(preset in named for named in presets.values()):
         raise UserError(f"targets {preset!r} match no layer of {type(model).__name__}; {_remedy(presets)}")
     return [path for path, kind in kinds.items() if preset in presets[path] or (norms and kind == "norm")]
+
+
+def named_layers(models: Mapping[str, nn.Module], names: Sequence[str], *, norms: bool = False) -> list[str]:
+    """Paths of the layers that somebody names in any of ``models``, which are given by component.
+
+    A name is a path, the end of one, or a block around layers: ``to_k``, ``attn1.to_k``, ``down_blocks.1`` or
+    ``down_blocks.1.attentions.0.proj_in`` are of a UNet.
+
+    Args:
+        norms: whether norms can be named, too.
+
+    Raises:
+        UserError: a name matches no layer, or a model has none of the layers.
+    """
+    paths = {
+        component: [path for path, kind in adaptable_layers(model).items() if norms or kind != "norm"]
+        for component, model in models.items()
+    }
+    every = [path for of_model in paths.values() for path in of_model]
+    for name in names:
+        if not any(_is_called(path, name) for path in every):
+            hint = nearest_hint(name, _possible_names(every)) or f"; layers are called {', '.join(every[:3])}, ..."
+            raise UserError(f"the layer name {name!r} matches no layer of the {' or '.join(models)}{hint}")
+    named = {
+        component: [path for path in of_model if any(_is_called(path, name) for name in names)]
+        for component, of_model in paths.items()
+    }
+    for component, of_model in named.items():
+        if not of_model:
+            raise UserError(f"the layer names match no layer of the {component}, which trains too; name one of its")
+    return [path for of_model in named.values() for path in of_model]
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Whether a name is the end of a path, or one of the blocks that it goes through from the start."""
+    return path == name or path.endswith(f".{name}") or path.startswith(f"{name}.")
+
+
+def _possible_names(paths: Sequence[str]) -> set[str]:
+    """Every beginning and every end of the paths that stops at a dot."""
+    split = [path.split(".") for path in paths]
+    ends = {".".join(parts[start:]) for parts in split for start in range(len(parts))}
+    return ends | {".".join(parts[:stop]) for parts in split for stop in range(1, len(parts))}
 
 
 def _presets_of(model: nn.Module, path: str, kind: Kind) -> set[str]:

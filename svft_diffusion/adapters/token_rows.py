@@ -8,7 +8,7 @@ beside it also stay float32 in a 16-bit model, as all that is trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,15 @@ def width_of_table(encoder: nn.Module) -> int | None:
     parent, child = place
     width: int = base_module(getattr(parent, child)).weight.shape[1]  # type: ignore[index,assignment]
     return width
+
+
+def rows_of_table(encoder: nn.Module, ids: Sequence[int]) -> Tensor:
+    """What the table of a text encoder that can take learned tokens has for ids: (ids, width), float32 on the CPU."""
+    place = _place_of_table(encoder)
+    assert place is not None
+    parent, child = place
+    table: Tensor = base_module(getattr(parent, child)).weight  # type: ignore[assignment]
+    return table.detach()[torch.tensor(ids, device=table.device)].float().cpu()
 
 
 def put_tokens(encoder: nn.Module, tokenizer: Any, adapter: str, tokens: Mapping[str, Tensor]) -> None:

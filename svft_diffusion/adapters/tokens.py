@@ -138,6 +138,18 @@ def check_same_tokens(
             raise UserError(f"{label} can't take the place of adapter {name!r}: its {key} are of another width")
 
 
+def check_token_rows(models: object, name: str, state: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` if the tokens of a state are not as many, and as wide, as those of adapter ``name``."""
+    ours = token_parameters(models, name)
+    given = {key for key in state if is_tokens(key)}
+    if different := sorted(ours.keys() ^ given):
+        holder = "the adapter" if different[0] in ours else "the state"
+        raise UserError(f"the state does not fit adapter {name!r}: {holder} alone has {different[0]}")
+    for key, rows in ours.items():
+        if rows.shape != state[key].shape:
+            raise UserError(f"the state does not fit adapter {name!r}: {key} is of another shape")
+
+
 def copy_token_rows(models: object, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Write other rows, which `check_same_tokens` accepted, over those of an adapter, in place."""
     with torch.no_grad():

@@ -16,6 +16,7 @@ from svft_diffusion.adapters.alignment import align_layers, layers_by_name, meas
 from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.injection import adapters_of, inject, remove, spectral_layers
 from svft_diffusion.adapters.layers import SpectralLayer
+from svft_diffusion.adapters.tokens import check_token_rows, copy_token_rows, token_parameters, without_tokens
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.names import components_of
 from svft_diffusion.files.tensor_names import POSITIONS, SKETCH, layer_names, tensor_name
@@ -80,12 +81,13 @@ def adapter_parameters(models: object, name: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(models: object, name: str) -> dict[str, Tensor]:
-    """What was trained, and ``<canonical layer>.positions`` where a pattern lists them: copies on the CPU.
+    """What was trained, ``<canonical layer>.positions`` where a pattern lists them, and ``<text encoder>.tokens`` where
+    it has tokens: copies on the CPU.
 
     Raises:
         UserError: there is no such adapter.
     """
-    tensors = live_tensors(adapted_layers(models, name), name)
+    tensors = live_tensors(adapted_layers(models, name), name) | dict(token_parameters(models, name))
     return {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
 
 
@@ -101,7 +103,9 @@ def load_adapter_state(models: object, name: str, state: Mapping[str, Tensor]) -
     """
     layers = adapted_layers(models, name)
     bases = stored_bases(state)
-    copy_tensors(layers, name, state)
+    check_token_rows(models, name, state)
+    copy_tensors(layers, name, without_tokens(state))
+    copy_token_rows(models, name, state)
     align_layers(layers, name, bases)
     error = measured_error(layers, name, bases)
     if not error.total <= LARGEST_SILENT_ERROR:

@@ -33,6 +33,7 @@ from svft_diffusion.adapters.targets import adaptable_layers, matching_layers
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import cached_factors_of
 from svft_diffusion.files.names import base_module
+from svft_diffusion.files.quantized import is_quantized, kept_full_weight, read_full_weight, weight_shape
 from svft_diffusion.files.stored_weight import stored_weight
 from svft_diffusion.spectral import SingularFactors
 
@@ -139,7 +140,8 @@ def prepare_layers(model: nn.Module, paths: Sequence[str], config: SpectralConfi
     """What the layers at ``paths`` need for an adapter; they are decomposed together. Nothing in the model changes.
 
     Raises:
-        UserError: a layer can't carry the adapter: of another kind, quantized, fused, too small, or not finite.
+        UserError: a layer can't carry the adapter: of another kind, fused, too small, not finite, or quantized from a
+            weight that is not to be had.
     """
     options: dict[str, LayerOptions] = {}
     triplets: dict[str, Triplets] = {}
@@ -150,9 +152,11 @@ def prepare_layers(model: nn.Module, paths: Sequence[str], config: SpectralConfi
         options[path], triplets[path] = layer_options(module, path, config)
         if "values" not in options[path].parts:
             continue
-        layer = spectral_layer_of(module)
+        layer, kept = spectral_layer_of(module), kept_full_weight(base_module(module))
         if layer is not None and layer.factors is not None:
             factors[path] = layer.factors
+        elif kept is not None:
+            factors[path] = kept.factors
         else:
             to_decompose[path] = _weight_to_decompose(model, path, base_module(module))
     # torchrun and accelerate start a process for each device: one bar stands for all of them.
@@ -184,7 +188,7 @@ def layer_options(module: nn.Module, path: str, config: SpectralConfig) -> tuple
     triplets: Triplets = slice(0, 0)
     try:
         if "values" in parts:
-            size = min(matrix_of(kind, base.weight).shape)  # type: ignore[arg-type]
+            size = min(weight_shape(base) if is_quantized(base) else matrix_of(kind, base.weight).shape)  # type: ignore[arg-type]
             triplets = trained_triplets(config, size, seed, listed_values)
         options = LayerOptions(
             method=config.method,
@@ -236,9 +240,12 @@ def _check_layer(module: nn.Module, base: nn.Module, kind: Kind | None, path: st
     if kind is None:
         raise UserError(f"layer {path} is a {type(base).__name__}, which no adapter here fits; leave it out")
     weight = base.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
+    if not isinstance(weight, Tensor) or (is_quantized(base) and kind != "linear"):
         dtype = getattr(weight, "dtype", type(weight).__name__)
-        raise UserError(f"layer {path} is quantized ({dtype}); load the base model unquantized")
+        raise UserError(
+            f"layer {path} is quantized ({dtype}), and of quantized layers only linear ones carry adapters; load the "
+            "base model unquantized"
+        )
     if weight.is_meta:
         raise UserError(f"layer {path} has no values yet (it lies on the meta device); load the weights first")
     if getattr(base, "max_norm", None) is not None:
@@ -248,11 +255,14 @@ def _check_layer(module: nn.Module, base: nn.Module, kind: Kind | None, path: st
 
 
 def _weight_to_decompose(model: nn.Module, path: str, base: nn.Module) -> Tensor:
-    """The weight as a matrix: the checkpoint's own values where the model was cast down from them."""
+    """The weight as a matrix: the checkpoint's own values where the model was cast down or quantized from them."""
     kind = layer_kind(base)
     assert kind is not None and isinstance(base.weight, Tensor)
+    path = path.replace(".base_layer", "")
+    if is_quantized(base):
+        return matrix_of(kind, read_full_weight(model, path, base))
     live = base.weight.detach()
-    stored = stored_weight(model, path.replace(".base_layer", ""), live)
+    stored = stored_weight(model, path, live)
     return matrix_of(kind, live if stored is None else stored)
 
 
@@ -303,6 +313,11 @@ def _name_targets(model: nn.Module, config: SpectralConfig, paths: list[str]) ->
     config.target_modules = set(paths)
     if _paths_that_peft_matches(model, config) != set(paths):  # a path that other paths end like
         config.target_modules = "|".join(re.escape(path) for path in paths)
+
+
+def layers_to_adapt(model: nn.Module, config: SpectralConfig) -> list[str]:
+    """Paths of the layers of a model without adapters that ``config`` asks for. Raises `UserError` if there is none."""
+    return _target_paths(model, copy.copy(config), None)
 
 
 def preset_layers(model: nn.Module, config: SpectralConfig) -> list[str]:

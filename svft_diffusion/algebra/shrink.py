@@ -18,7 +18,7 @@ from svft_diffusion.adapters.injection import refuse_fused
 from svft_diffusion.adapters.installing import install_adapter
 from svft_diffusion.adapters.methods import LISTED, METHODS
 from svft_diffusion.adapters.names import check_adapter_name
-from svft_diffusion.adapters.tokens import token_parameters, tokens_of
+from svft_diffusion.adapters.tokens import token_parameters, tokens_of, without_tokens
 from svft_diffusion.adapters.training import adapted_layers, adapter_state
 from svft_diffusion.algebra.importance import Choice, LayerChange, Ranking, change_of_layer
 from svft_diffusion.algebra.layout import places
@@ -173,7 +173,7 @@ def shrink_adapter(
         number = _checked_number(ranking, keep)
     if number == ranking.whole:
         options = {field: getattr(config, field) for field in (*LAYOUT_FIELDS, "seed", "targets")}
-        install_adapter(components, shrunk, options, adapter_state(components, name))
+        install_adapter(components, shrunk, options, without_tokens(adapter_state(components, name)))
         return ShrinkReport(shrunk, [_whole_layer(canonical, change) for canonical, change in changes.items()], 0.0)
     install(number)
     choice = ranking.choice(number)

@@ -13,6 +13,7 @@ from svft_diffusion.adapters.layers.kinds import Kind, has_plain_forward
 from svft_diffusion.adapters.layers.placement import PlacedFactors, dtype_of_products
 from svft_diffusion.adapters.methods import Term, combined_core, common_triplets
 from svft_diffusion.errors import UserError
+from svft_diffusion.files.quantized import is_quantized
 
 
 class Inputs(NamedTuple):
@@ -40,7 +41,7 @@ def output_of_formula(
     inputs: Inputs,
     terms: Sequence[Term],
 ) -> Tensor:
-    """Output of a layer under ``torch.compile``, or where another adapter lies inside.
+    """Output of a layer under ``torch.compile``, where another adapter lies inside, or where no weight can be read.
 
     ``module`` is the frozen layer itself, ``base_layer`` the same or an adapter layer around it.
     """
@@ -49,7 +50,7 @@ def output_of_formula(
             module, computing.adapted_parameters(kind, computing.parameters_of(module), None, terms)
         )
     y = inputs.give(base_layer)
-    if not has_plain_forward(module):
+    if not _adds_up(module):
         factors = None if placed is None else placed.factors
         return y + computing.change_of_output(kind, module, factors, terms, (inputs.x, *inputs.args), inputs.kwargs)
     with_values = [term for term in terms if "values" in term.parts]
@@ -91,7 +92,7 @@ def output_for_samples(
     samples = [*samples] * (len(x) // len(samples))
     inputs = inputs._replace(x=x)
     y = inputs.give(base_layer)
-    if kind != "norm" and not has_plain_forward(module):
+    if kind != "norm" and not _adds_up(module):
         factors = None if placed is None else placed.factors
         changes = [
             computing.change_of_output(kind, module, factors, terms, (sample, *inputs.args), inputs.kwargs)
@@ -108,6 +109,11 @@ def output_for_samples(
     if of_bias := _with_part("bias", samples):
         y = computing.bias_for_each_sample(module, of_bias, y)
     return y
+
+
+def _adds_up(module: nn.Module) -> bool:
+    """Whether an update of the weight adds ``U M V^T x`` to the output; quantized layers compute just their kind."""
+    return has_plain_forward(module) or is_quantized(module)
 
 
 def _with_part(part: str, samples: Sequence[Sequence[Term]]) -> list[list[Term]]:

@@ -19,9 +19,11 @@ from svft_diffusion.adapters.layers import basis, computing
 from svft_diffusion.adapters.layers.formula import Inputs, output_for_samples, output_of_formula
 from svft_diffusion.adapters.layers.fusing import Folded, Fused, fuse, restore
 from svft_diffusion.adapters.layers.kinds import Kind, layer_kind
-from svft_diffusion.adapters.layers.placement import PlacedFactors, identity
+from svft_diffusion.adapters.layers.placement import PlacedFactors, SpreadFactors, identity
 from svft_diffusion.adapters.layers.training import TrainingPaths
 from svft_diffusion.adapters.methods import LayerOptions, Term, combined_core, initial_values
+from svft_diffusion.errors import UserError
+from svft_diffusion.files.quantized import is_quantized, weight_shape
 from svft_diffusion.files.tensor_names import TRAINED_PARTS
 from svft_diffusion.spectral import SingularFactors, probe_update
 
@@ -39,13 +41,18 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     """``y = W x + b + U M V^T x``: a layer with the update of all its active adapters.
 
     Three ways to the same output: adapters that train run by the kernels of `svft_diffusion.kernels`; frozen ones
-    are folded once into a copy of the weight, whatever their number; under ``torch.compile`` the formula runs as it
-    stands, with strengths as tensors, so that no change of weight compiles again.
+    are folded once into a copy of the weight, whatever their number; under ``torch.compile``, and where the base
+    weight is no plain matrix, the formula runs as it stands, with strengths as tensors under ``torch.compile``, so
+    that no change of weight compiles again.
 
     ``U``, ``V`` and the singular values exist once, whatever the number of adapters. They are no parameters and no
     buffers, so that state dicts, optimizers and DDP don't see them, and they go to the layer's device only when a
     product needs them. Trained values stay float32 whatever the dtype of the model: small shifts don't survive
     16 bit.
+
+    Attributes:
+        keeps_base_apart: whether the base layer computes its part by itself, always: its weight is quantized, or is put
+            together from several processes for the time of a call.
     """
 
     adapter_layer_names = ("spectral_values", "spectral_bias", "spectral_norm", "spectral_gate")
@@ -87,6 +94,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self.weight_tensors: dict[str, Tensor] = {}  # the same in one place each, for compiled graphs
         self.call_scales: dict[str, list[float]] = {}  # stacked by scale_layer for the time of one call
         self.sample_weights: list[Mapping[str, float]] | None = None  # for each sample of a batch, see runtime
+        self.keeps_base_apart = is_quantized(self.get_base_layer())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -187,6 +195,18 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._forget_copies()
 
+    def spread(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Get ready for a base layer whose weight is put together for a call alone, as FSDP does.
+
+        The factors that the adapter stands on become frozen parameters in ``dtype``, so that FSDP spreads them, too.
+        It must be the layer's only adapter from then on, on the basis that it has now.
+        """
+        self.keeps_base_apart = True
+        self._forget_copies()
+        if self._placed is not None and "values" in self.options[adapter_name].parts:
+            triplets = self.term(adapter_name, on_cpu=True).triplets
+            self.spread_factors = self._placed.spread = SpreadFactors(self._placed.factors, triplets, dtype)
+
     # The basis that the values stand on
 
     def sketch(self, name: str) -> Tensor:
@@ -268,7 +288,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         terms = self._terms(self.active_adapters, as_tensors=compiling)
         if not terms:  # no active adapter, or all at strength 0: the base, bit for bit
             return inputs.give(self.base_layer)
-        if isinstance(self.base_layer, BaseTunerLayer) or compiling:
+        if isinstance(self.base_layer, BaseTunerLayer) or compiling or self.keeps_base_apart:
             return output_of_formula(self.kind, module, self.base_layer, self._placed, inputs, terms)
         trains = any(part.requires_grad for term in terms for part in term.parts.values())
         if trains and torch.is_grad_enabled():
@@ -342,11 +362,17 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: with ``safe_merge``, when the fused weight would hold NaN or infinity; nothing is changed.
+            UserError: the weight is quantized or spread over processes.
         """
         self._folded = None
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not names:
             return
+        if self.keeps_base_apart:
+            raise UserError(
+                "a quantized base takes no adapter into its weights; call pipe.unfuse_lora() for the layers that were "
+                "fused before this one, and use the adapter as it is loaded"
+            )
         merged, base = [*self.merged_adapters, *names], self.get_base_layer()
         before, names_before = self._fused, self.merged_adapters
         # What is fused stays as it was put in: since then its strength may have changed.
@@ -377,7 +403,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         terms = [term for term in self._terms([adapter]) if term.parts.keys() & {"values", "norm"}]
         if not terms:
             return torch.zeros_like(self._weight, dtype=torch.float32)
-        return computing.update_of_weight(self.kind, self._weight, self.factors, terms)
+        weight = self._weight
+        if is_quantized(self.get_base_layer()):  # packed, it has another shape
+            weight = torch.empty(weight_shape(self.get_base_layer()), device=weight.device)
+        return computing.update_of_weight(self.kind, weight, self.factors, terms)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can hold the adapter's part here; PEFT's conversion knows linear layers only."""

@@ -10,11 +10,21 @@ from svft_diffusion.kernels.call import compute_dtype
 from svft_diffusion.spectral import SingularFactors
 
 
+class SpreadFactors(nn.Module):
+    """The factors that one adapter stands on as frozen parameters, which FSDP spreads over processes."""
+
+    def __init__(self, factors: SingularFactors, triplets: Triplets, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.U = nn.Parameter(factors.U[:, triplets].to(dtype), requires_grad=False)
+        self.Vh = nn.Parameter(factors.Vh[triplets].to(dtype), requires_grad=False)
+
+
 class PlacedFactors:
     """The factors of a layer's weight as a matrix, float32 on the CPU, and what was copied from them so far.
 
     Attributes:
         factors: the factors.
+        spread: the factors of the chosen triplets in another place, which the layer's module tree holds; or None.
         exact: whether they alone give the weight back to float32 accuracy. Not so after a rotation among nearly equal
             singular values; the base weight is then always part of the sum.
     """
@@ -22,6 +32,7 @@ class PlacedFactors:
     def __init__(self, factors: SingularFactors) -> None:
         self.factors = factors
         self.exact = True
+        self.spread: SpreadFactors | None = None
         self._placed: dict[object, SingularFactors] = {}
         self._listed: tuple[object, Tensor, SingularFactors] | None = None  # of a list of triplets, which is kept too
 
@@ -38,6 +49,9 @@ class PlacedFactors:
     def chosen(self, x: Tensor, module: nn.Module, triplets: Triplets) -> SingularFactors:
         """The chosen triplets, ``U`` and ``Vh`` in the dtype of the products with ``x``, all on its device."""
         device, dtype = x.device, dtype_of_products(x, module)
+        if self.spread is not None:  # whole for the time of the call, and of the one adapter that is here
+            S = self.singular_values(device)[triplets]
+            return SingularFactors(self.spread.U.to(dtype), S, self.spread.Vh.to(dtype))
         if isinstance(triplets, slice):
             return self.neighbours(device, dtype, triplets)
         if torch.compiler.is_compiling():  # a graph can't tell whether a list is the one from before
