@@ -1,0 +1,1 @@
+"""Many subjects: one adapter for each, from one loaded base model."""
