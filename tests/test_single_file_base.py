@@ -24,7 +24,7 @@ from svft_diffusion.exchange.merging import stored_dtypes
 from svft_diffusion.exchange.single_file import write_single_file
 from svft_diffusion.files import read_header
 from svft_diffusion.files.names import components_of
-from svft_diffusion.models import base_display_name, hub_name, load_pipeline
+from svft_diffusion.models import base_display_name, family_of, hub_name, load_pipeline
 from svft_diffusion.models.loading import resolve_base
 from svft_diffusion.sampling.sample import generate
 from svft_diffusion.training.config import TrainingConfig
@@ -187,6 +187,19 @@ def test_what_is_no_such_file_is_refused_in_one_line(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "--base_config" in message(base.file, None)
+
+
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+def test_file_says_that_it_predicts_velocity(base: Base, tmp_path: Path) -> None:
+    """As v-prediction models of SDXL's build do by empty tensors; the settings are those of SDXL."""
+    for marks in ({"v_pred"}, {"v_pred", "ztsnr"}):
+        save_file(load_file(base.file) | {name: torch.zeros(0) for name in marks}, tmp_path / "model.safetensors")
+        pipeline = load_pipeline(str(tmp_path / "model.safetensors"), base_config=base.settings)
+        family = family_of(pipeline)
+        assert family.prediction_type == "v_prediction"
+        assert bool(pipeline.scheduler.config.rescale_betas_zero_snr) == ("ztsnr" in marks)
+        assert (float(family.signal_to_noise(torch.tensor([999]))) == 0) == ("ztsnr" in marks)
+    assert family_of(load_pipeline(str(base.file), base_config=base.settings)).prediction_type == "epsilon"
 
 
 def test_names_of_files_tell_no_folders(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

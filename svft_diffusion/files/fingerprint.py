@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.checkpoint_folder import stored_name, weight_files
 from svft_diffusion.files.names import base_module, components_of, module_path, split_canonical_name
+from svft_diffusion.files.quantized import is_quantized, kept_full_weight, read_full_weight
 from svft_diffusion.files.stored_weight import stored_weight
 from svft_diffusion.files.weight_digests import (
     BaseDigests,
     Matches,
     WeightDigest,
     agreement,
+    agreement_of_digests,
     digest_of_weight,
     digests_of_base,
 )
@@ -45,12 +47,16 @@ def digests_of_pipeline(pipe: object, names: Iterable[str]) -> BaseDigests:
         names: canonical names of the adapted layers.
 
     Raises:
-        UserError: the pipeline lacks one of the layers.
+        UserError: the pipeline lacks one of the layers, or the full weight of a quantized one is not to be had.
     """
     layers = _layers_of(pipe, names)
 
     def digest(position: int) -> WeightDigest:
-        model, path, live = layers[position]
+        model, path, layer = layers[position]
+        if is_quantized(layer):
+            kept = kept_full_weight(layer)
+            return digest_of_weight(read_full_weight(model, path, layer)) if kept is None else kept.digest
+        live = _weight_of(layer)
         finer = stored_weight(model, path, live)
         return digest_of_weight(live if finer is None else finer)
 
@@ -61,18 +67,29 @@ def matches_of_pipeline(pipe: object, names: Iterable[str], trained: BaseDigests
     """How many weights of a loaded model are those of the training.
 
     Raises:
-        UserError: the pipeline lacks one of the layers.
+        UserError: the pipeline lacks one of the layers, or the full weight of a quantized one is not to be had.
     """
     layers = _layers_of(pipe, names)
 
     def agree(position: int) -> str | None:
-        model, path, live = layers[position]
+        model, path, layer = layers[position]
+        if is_quantized(layer):
+            kept = kept_full_weight(layer)
+            if kept is not None:
+                return agreement_of_digests(kept.digest, trained, position)
+            return agreement(read_full_weight(model, path, layer), trained, position)
+        live = _weight_of(layer)
         found = agreement(live, trained, position)
         if found != "exact" and (finer := stored_weight(model, path, live)) is not None:
             return agreement(finer, trained, position) or found
         return found
 
     return _counted(_in_threads(agree, len(layers)))
+
+
+def number_taken_on_trust(pipe: object, names: Iterable[str]) -> int:
+    """Of how many of these layers the weights in the checkpoint stand for quantized ones, which can't prove it."""
+    return sum(is_quantized(layer) and kept_full_weight(layer) is None for _, _, layer in _layers_of(pipe, names))
 
 
 def matches_of_folder(
@@ -127,8 +144,8 @@ def both_bases(header: AdapterHeader, matches: Matches, base_name: str, *, adapt
     )
 
 
-def _layers_of(pipe: object, names: Iterable[str]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Model, canonical path and frozen weight of each layer, in the order of the names."""
+def _layers_of(pipe: object, names: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Model, canonical path and the frozen layer itself of each layer, in the order of the names."""
     components = components_of(pipe)
     layers = []
     for name in sorted(names):
@@ -138,10 +155,14 @@ def _layers_of(pipe: object, names: Iterable[str]) -> list[tuple[nn.Module, str,
             layer = base_module(model.get_submodule(module_path(model, path)))
         except (KeyError, AttributeError):
             raise UserError(f"the pipeline has no layer {name}") from None
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        layers.append((model, path, weight.detach()))
+        layers.append((model, path, layer))
     return layers
+
+
+def _weight_of(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 def _weight_of_file(files: Mapping[str, Path], path: str) -> Tensor | None:

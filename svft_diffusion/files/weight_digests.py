@@ -129,6 +129,16 @@ def agreement(weight: Tensor, trained: BaseDigests, position: int) -> str | None
     return None
 
 
+def agreement_of_digests(own: WeightDigest, trained: BaseDigests, position: int) -> str | None:
+    """`agreement` of a weight of which only the digests are left."""
+    if position >= len(trained.stored):
+        return None
+    if own.stored == trained.stored[position]:
+        return "exact"
+    same_float16 = own.float16 is not None and trained.float16 is not None and own.float16 == trained.float16[position]
+    return "rounded" if same_float16 or own.bfloat16 == trained.bfloat16[position] else None
+
+
 def _digest(weight: Tensor) -> bytes:
     digest = hashlib.sha256(f"{weight.dtype}|{tuple(weight.shape)}|".encode())
     digest.update(tensor_bytes(weight))

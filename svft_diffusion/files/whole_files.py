@@ -12,7 +12,7 @@ from pathlib import Path
 
 from svft_diffusion.errors import UserError
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
 @contextlib.contextmanager
@@ -40,6 +40,12 @@ def replace_when_whole(file: Path, *, flush: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone already when all went well
             unfinished.unlink()
+
+
+def is_unfinished(name: str, of: re.Pattern[str]) -> bool:
+    """Whether a file is a temporary one of `replace_when_whole` for a file whose name matches ``of``."""
+    unfinished = _UNFINISHED.fullmatch(name)
+    return unfinished is not None and of.fullmatch(unfinished[1]) is not None
 
 
 def flush_to_disk(path: Path) -> None:

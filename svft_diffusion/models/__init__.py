@@ -11,6 +11,7 @@ from svft_diffusion.models.loading import (
     resolve_base,
 )
 from svft_diffusion.models.text import truncated_text
+from svft_diffusion.models.vae import resolve_vae
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -25,5 +26,6 @@ __all__ = [
     "hub_name",
     "load_pipeline",
     "resolve_base",
+    "resolve_vae",
     "truncated_text",
 ]

@@ -36,7 +36,7 @@ def family_of(
     else:
         raise UserError(
             f"a {type(pipeline).__name__} can't be trained; use a text-to-image model of the kinds Stable Diffusion "
-            "1.x, 2.x, XL, 3.x or FLUX.1"
+            "1.x, 2.x, XL, 3.x or FLUX.1, with its text encoders and tokenizers"
         )
     if max_sequence_length is not None and family.max_sequence_length is None:
         raise UserError("--max_sequence_length has no effect on a base without a T5 text encoder; leave it out")

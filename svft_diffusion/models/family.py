@@ -16,7 +16,7 @@ TokenIds = dict[str, Tensor]
 """Prompts as the text encoders take them: component -> (B, tokens)."""
 
 PICTURE_SIZES = "picture_sizes"
-"""Key of the conditioning: the sizes (B, 6) of what is trained on, see `svft_diffusion.data.dataset.Cut`."""
+"""Key of the conditioning: the sizes (B, 6) of what is trained on, see `svft_diffusion.data.cutting.Cut`."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from svft_diffusion.models.latent_diffusion import (
     last_states,
 )
 from svft_diffusion.models.noise import FlowSchedule
-from svft_diffusion.models.text import sequence_length
+from svft_diffusion.models.text import has_text_encoders, sequence_length
 
 PATCH_SIZE = 2
 """Height and width in latents of what is one token of the transformer."""
@@ -53,8 +53,7 @@ class FluxFamily(LatentDiffusionFamily):
         """Whether ``pipeline`` is of this family: text to image, with both text encoders."""
         return (
             isinstance(pipeline, FluxPipeline)
-            and pipeline.text_encoder is not None
-            and pipeline.text_encoder_2 is not None
+            and has_text_encoders(pipeline, "text_encoder", "text_encoder_2")
             and pipeline.transformer.config.in_channels == PATCH_SIZE**2 * pipeline.vae.config.latent_channels
         )
 
@@ -68,17 +67,17 @@ class FluxFamily(LatentDiffusionFamily):
         return {**encoded["text_encoder"], **encoded["text_encoder_2"]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        transformer = self.pipeline.transformer
+        transformer, dtype = self.pipeline.transformer, self.denoiser_dtype
         _, _, height, width = noisy_latents.shape
-        text = conditioning[TEXT_STATES].to(transformer.dtype)
+        text = conditioning[TEXT_STATES].to(dtype)
         guidance = None
         if self.guidance_scale is not None:
             guidance = torch.full(timesteps.shape, self.guidance_scale, device=timesteps.device)
         prediction: Tensor = transformer(
-            hidden_states=packed(noisy_latents).to(transformer.dtype),
+            hidden_states=packed(noisy_latents).to(dtype),
             timestep=self._sigmas(timesteps),  # the transformer multiplies it by 1000
             guidance=guidance,
-            pooled_projections=conditioning[POOLED_TEXT].to(transformer.dtype),
+            pooled_projections=conditioning[POOLED_TEXT].to(dtype),
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
             img_ids=positions(height, width).to(text),

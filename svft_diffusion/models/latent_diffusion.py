@@ -48,6 +48,12 @@ class LatentDiffusionFamily(ABC):
         self.pixel_multiple = int(pipeline.vae_scale_factor) * patch_size
         self.max_sequence_length = max_sequence_length
 
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """What the denoiser takes. Its own ``dtype`` goes through all modules each time, milliseconds if adapted."""
+        parameters = getattr(self.pipeline, self.denoiser).parameters()
+        return next(parameter.dtype for parameter in parameters if parameter.is_floating_point())
+
     def adapted_models(self, train_text_encoder: bool) -> dict[str, nn.Module]:
         models: dict[str, nn.Module] = {self.denoiser: getattr(self.pipeline, self.denoiser)}
         if train_text_encoder:

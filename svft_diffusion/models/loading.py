@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.single_file import left_out_components, load_single_file
+from svft_diffusion.models.vae import use_vae
 from svft_diffusion.toybox import WEIGHTS_FOLDER
 
 EMBEDDED_MODEL = "toybox"
@@ -82,6 +84,7 @@ def load_pipeline(
     variant: str | None = None,
     local_files_only: bool = False,
     base_config: str | Path | None = None,
+    vae: str | None = None,
 ) -> DiffusionPipeline:
     """The base model's pipeline on the CPU, every component in ``dtype``, its safety checker kept if it has one.
 
@@ -91,6 +94,7 @@ def load_pipeline(
         variant: file variant, such as ``fp16``.
         local_files_only: never ask the Hub; use what was downloaded before.
         base_config: see `resolve_base`; without it, diffusers knows where on the Hub a file's settings are.
+        vae: the folder or Hub name of another VAE for it, see `use_vae`.
 
     Raises:
         UserError: one line for a model that is missing, gated, incomplete or without safetensors weights.
@@ -99,20 +103,39 @@ def load_pipeline(
     try:
         with without_loading_bars():
             if is_single_file(name):
-                return load_single_file(source, base_config, dtype=dtype, local_files_only=local_files_only)
-            return DiffusionPipeline.from_pretrained(
-                source,
-                # Named for every component: transformers would otherwise keep the precision of the files.
-                dtype=dtype,
-                revision=revision,
-                variant=variant,
-                local_files_only=local_files_only,
-                use_safetensors=True,
-                **left_out_components(source),
-            )
+                pipeline = load_single_file(source, base_config, dtype=dtype, local_files_only=local_files_only)
+            else:
+                pipeline = DiffusionPipeline.from_pretrained(
+                    source,
+                    # Named for every component: transformers would otherwise keep the precision of the files.
+                    dtype=dtype,
+                    revision=revision,
+                    variant=variant,
+                    local_files_only=local_files_only,
+                    use_safetensors=True,
+                    **left_out_components(_index_folder(source, revision, local_files_only)),
+                )
     # What is no Hub error comes from an index or a file that is no pipeline's.
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(base_display_name(name), error)) from error
+    if vae is not None:
+        try:
+            with without_loading_bars():
+                use_vae(pipeline, vae, dtype=dtype, local_files_only=local_files_only)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(_why_not_loaded(f"the VAE {base_display_name(vae)}", error)) from error
+    return pipeline
+
+
+def _index_folder(source: str, revision: str | None, local_files_only: bool) -> Path:
+    """The local folder with the ``model_index.json`` of a folder or of a repository of the Hub, where there is one."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        index = hf_hub_download(source, "model_index.json", revision=revision, local_files_only=local_files_only)
+    except (OSError, ValueError):
+        return Path(source)  # diffusers says what is wrong
+    return Path(index).parent
 
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:

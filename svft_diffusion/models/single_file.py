@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -64,6 +65,8 @@ def load_single_file(
     incomplete = [name for name, part in pipeline.components.items() if _has_empty_weights(part)]
     if incomplete:
         raise ValueError(f"the file lacks weights of the {incomplete[0]} that its settings ask for")
+    if changes := _settings_in_the_file(file):
+        pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes))
     return pipeline
 
 
@@ -91,6 +94,21 @@ def _settings_on_the_hub(file: str) -> str:
         {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     )["pretrained_model_name_or_path"]
     return repository
+
+
+def _settings_in_the_file(file: str) -> dict[str, Any]:
+    """What a checkpoint says of its noise, by the presence of tensors that are no weights; such as NoobAI-XL's.
+
+    diffusers passes over them, so that a model of velocities would be taken for one of noise.
+    """
+    with safe_open(file, framework="pt") as opened:
+        names = set(opened.keys())
+    changes: dict[str, Any] = {}
+    if "v_pred" in names:
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        changes["rescale_betas_zero_snr"] = True
+    return changes
 
 
 def _has_empty_weights(part: object) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from svft_diffusion.models.family import Conditioning
 from svft_diffusion.models.latent_diffusion import TEXT_STATES, LatentDiffusionFamily, last_states
 from svft_diffusion.models.noise import DiffusionSchedule
+from svft_diffusion.models.text import has_text_encoders
 
 
 class StableDiffusionFamily(LatentDiffusionFamily):
@@ -24,8 +25,10 @@ class StableDiffusionFamily(LatentDiffusionFamily):
     @staticmethod
     def fits(pipeline: DiffusionPipeline) -> bool:
         """Whether ``pipeline`` is of this family: text to image, noise as the U-Net's only picture."""
-        return isinstance(pipeline, StableDiffusionPipeline) and (
-            pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
+        return (
+            isinstance(pipeline, StableDiffusionPipeline)
+            and has_text_encoders(pipeline, "text_encoder")
+            and pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
         )
 
     def encode_text(self, component: str, token_ids: Tensor) -> Conditioning:
@@ -35,11 +38,11 @@ class StableDiffusionFamily(LatentDiffusionFamily):
         return encoded["text_encoder"]
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        unet = self.pipeline.unet
+        unet, dtype = self.pipeline.unet, self.denoiser_dtype
         prediction: Tensor = unet(
-            noisy_latents.to(unet.dtype),
+            noisy_latents.to(dtype),
             timesteps,
-            encoder_hidden_states=conditioning[TEXT_STATES].to(unet.dtype),
+            encoder_hidden_states=conditioning[TEXT_STATES].to(dtype),
             return_dict=False,
         )[0]
         return prediction

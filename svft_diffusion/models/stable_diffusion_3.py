@@ -18,7 +18,7 @@ from svft_diffusion.models.latent_diffusion import (
     penultimate_states,
 )
 from svft_diffusion.models.noise import FlowSchedule
-from svft_diffusion.models.text import sequence_length
+from svft_diffusion.models.text import has_text_encoders, sequence_length
 
 
 class StableDiffusion3Family(LatentDiffusionFamily):
@@ -41,10 +41,8 @@ class StableDiffusion3Family(LatentDiffusionFamily):
     @staticmethod
     def fits(pipeline: DiffusionPipeline) -> bool:
         """Whether ``pipeline`` is of this family, with what diffusers itself needs to read a prompt: both CLIPs."""
-        return (
-            isinstance(pipeline, StableDiffusion3Pipeline)
-            and pipeline.text_encoder is not None
-            and pipeline.text_encoder_2 is not None
+        return isinstance(pipeline, StableDiffusion3Pipeline) and has_text_encoders(
+            pipeline, "text_encoder", "text_encoder_2"
         )
 
     def encode_text(self, component: str, token_ids: Tensor) -> Conditioning:
@@ -67,12 +65,12 @@ class StableDiffusion3Family(LatentDiffusionFamily):
         }
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        transformer = self.pipeline.transformer
+        transformer, dtype = self.pipeline.transformer, self.denoiser_dtype
         prediction: Tensor = transformer(
-            hidden_states=noisy_latents.to(transformer.dtype),
+            hidden_states=noisy_latents.to(dtype),
             timestep=self._sigmas(timesteps) * self.number_of_timesteps,
-            encoder_hidden_states=conditioning[TEXT_STATES].to(transformer.dtype),
-            pooled_projections=conditioning[POOLED_TEXT].to(transformer.dtype),
+            encoder_hidden_states=conditioning[TEXT_STATES].to(dtype),
+            pooled_projections=conditioning[POOLED_TEXT].to(dtype),
             return_dict=False,
         )[0]
         return prediction

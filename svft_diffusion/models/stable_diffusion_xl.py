@@ -16,6 +16,7 @@ from svft_diffusion.models.latent_diffusion import (
     penultimate_states,
 )
 from svft_diffusion.models.noise import DiffusionSchedule
+from svft_diffusion.models.text import has_text_encoders
 
 
 class StableDiffusionXLFamily(LatentDiffusionFamily):
@@ -32,7 +33,7 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
         """Whether ``pipeline`` is of this family: text to image; the refiner lacks the first text encoder."""
         return (
             isinstance(pipeline, StableDiffusionXLPipeline)
-            and pipeline.text_encoder is not None
+            and has_text_encoders(pipeline, "text_encoder", "text_encoder_2")
             and pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
         )
 
@@ -45,13 +46,13 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
         return {TEXT_STATES: states, POOLED_TEXT: second[POOLED_TEXT]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        unet = self.pipeline.unet
+        unet, dtype = self.pipeline.unet, self.denoiser_dtype
         prediction: Tensor = unet(
-            noisy_latents.to(unet.dtype),
+            noisy_latents.to(dtype),
             timesteps,
-            encoder_hidden_states=conditioning[TEXT_STATES].to(unet.dtype),
+            encoder_hidden_states=conditioning[TEXT_STATES].to(dtype),
             added_cond_kwargs={
-                "text_embeds": conditioning[POOLED_TEXT].to(unet.dtype),
+                "text_embeds": conditioning[POOLED_TEXT].to(dtype),
                 # In float32: bfloat16 has no 1001.
                 "time_ids": conditioning[PICTURE_SIZES],
             },

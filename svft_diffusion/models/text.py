@@ -40,6 +40,11 @@ def text_readers(pipeline: DiffusionPipeline, max_sequence_length: int | None = 
     return readers
 
 
+def has_text_encoders(pipeline: DiffusionPipeline, *text_encoders: str) -> bool:
+    """Whether the pipeline has all these text encoders, and a tokenizer for each."""
+    return set(text_encoders) <= text_readers(pipeline).keys()
+
+
 def sequence_length(pipeline: DiffusionPipeline, wanted: int | None = None) -> int:
     """Tokens that the T5 encoder of a pipeline reads: ``wanted``, or as many as when the pipeline draws.
 
