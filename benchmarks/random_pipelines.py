@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from svft_diffusion.toybox.tokenizer import build_tokenizer
 
 
-def write_stable_diffusion_15(folder: Path, seed: int = 0) -> Path:
-    """Write a pipeline of Stable Diffusion 1.5's geometry with random fp16 weights (2.1 GB), unless it is there.
+def write_stable_diffusion_15(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a pipeline of Stable Diffusion 1.5's geometry with random 16-bit weights (2.1 GB), unless it is there.
 
     The tokenizer is the embedded model's, whose ids all lie inside CLIP's table of 49,408 embeddings.
     """
@@ -46,10 +46,10 @@ def write_stable_diffusion_15(folder: Path, seed: int = 0) -> Path:
         sample_size=512,
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text_encoder.half(),
+        vae=vae.to(dtype),
+        text_encoder=text_encoder.to(dtype),
         tokenizer=tokenizer,
-        unet=unet.half(),
+        unet=unet.to(dtype),
         scheduler=PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,79 @@ def test_folder_that_takes_no_file_is_refused(config: TrainingConfig, tmp_path: 
         check(dataclasses.replace(config, encoding_cache=tmp_path / "file"))
     with pytest.raises(UserError, match="can't write to"):
         check(dataclasses.replace(config, encoding_cache=tmp_path / "file" / "below"))
+
+
+def _encoded(folder: Path, pictures: torch.Tensor, limit: int) -> EncodingCache:
+    cache = EncodingCache(folder, family_of(tiny_pipeline()), limit)
+    cache.latents(pictures)
+    return cache
+
+
+def _age(folder: Path, seconds: float) -> None:
+    for file in folder.iterdir():
+        status = file.stat()
+        os.utime(file, (status.st_atime - seconds, status.st_mtime - seconds))
+
+
+def test_files_used_longest_ago_make_room(tmp_path: Path) -> None:
+    folder, pictures = tmp_path / "encodings", torch.rand(3, 3, 16, 24) * 2 - 1
+    names = []
+    for picture in pictures:
+        before = set(folder.iterdir()) if folder.exists() else set()
+        _encoded(folder, picture[None], 10**9)
+        names.append((set(folder.iterdir()) - before).pop().name)
+        _age(folder, 100)
+    of_user = folder / f"notes-{'0' * 64}.safetensors"
+    killed, running = (folder / f".{names[0]}.{digit * 32}.tmp" for digit in "ab")
+    for file in (of_user, killed, running):
+        file.write_bytes(bytes(10**6))
+    os.utime(killed, (0, 0))
+    size = (folder / names[0]).stat().st_size
+    _encoded(folder, pictures[:1], 2 * size).evict()  # reads the oldest, which is the newest then
+    assert {file.name for file in folder.iterdir()} == {names[0], names[2], of_user.name, running.name}
+    _encoded(folder, pictures[1:], 0).evict()  # what a run uses stays, however much it is
+    assert {file.name for file in folder.iterdir()} == {*names[1:], of_user.name, running.name}
+
+
+def test_another_process_may_remove_files_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, pictures = tmp_path / "encodings", torch.rand(2, 3, 16, 24) * 2 - 1
+    first = _encoded(folder, pictures[:1], 10**9)
+    expected = first.latents(pictures[:1])
+    _encoded(folder, pictures[1:], 0).evict()
+    assert len(list(folder.iterdir())) == 1
+    torch.testing.assert_close(first.latents(pictures[:1]).mean, expected.mean, rtol=0, atol=0)
+
+    def gone(file: Path, missing_ok: bool = False) -> None:
+        os.unlink(file)
+        unlink(file, missing_ok=missing_ok)  # the other process was quicker
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", gone)
+    EncodingCache(folder, family_of(tiny_pipeline()), 0).evict()
+    EncodingCache(folder / "nowhere", family_of(tiny_pipeline()), 0).evict()
+    assert not list(folder.iterdir())
+
+
+def test_a_run_keeps_its_own_encodings_alone_where_there_is_no_room(config: TrainingConfig, tmp_path: Path) -> None:
+    cache = tmp_path / "encodings"
+    run = replace(config, encoding_cache=cache, encoding_cache_size="1KB", max_train_steps=1)
+    train(run)
+    before = {file.name for file in cache.iterdir()}
+    train(replace(run, resolution=24, output_dir=tmp_path / "second"))
+    after = {file.name for file in cache.iterdir()}
+    assert before and not {name for name in before & after if name.startswith("latents-")}
+    assert "encoding_cache_size" not in (tmp_path / "second" / "config.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoding_cache_size": "5GB"}, "has no effect without --encoding_cache"),
+        ({"encoding_cache_size": "lots", "encoding_cache": Path("somewhere")}, "--encoding_cache_size 'lots' is not a"),
+        ({"encoding_cache_size": "-1", "encoding_cache": Path("somewhere")}, "--encoding_cache_size '-1' is not a"),
+        ({"encoding_cache_size": "", "encoding_cache": Path("somewhere")}, "--encoding_cache_size '' is not a"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(config: TrainingConfig, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(replace(config, **settings))

@@ -2,7 +2,7 @@
 
 A file's name is a digest of all that its content follows from: the weights of the encoder, its input, the device and
 the version of PyTorch. Nothing is ever out of date, and the folder may be deleted at any time. Damaged files are made
-anew.
+anew. Processes may share the folder: files come whole, and one that another process removed is made again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,18 +22,35 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.whole_files import replace_when_whole
+from svft_diffusion.factors.location import parse_size
+from svft_diffusion.files.whole_files import is_unfinished, replace_when_whole
 from svft_diffusion.models import Conditioning, LatentDistribution, ModelFamily
 
+DEFAULT_SIZE = 20 * 2**30  # bytes
+
 _DIGEST = "sha256"  # key of the files' metadata
+# Only files with names that the cache itself gives are ever removed: the folder may hold others.
+_NAME = re.compile(r"(?:latents|text_encoder(?:_\d)?)-[0-9a-f]{64}\.safetensors")
+_DAY = 24 * 60 * 60  # seconds
+
+
+def size_limit(given: str | None) -> int:
+    """Bytes, of ``--encoding_cache_size``."""
+    return DEFAULT_SIZE if given is None else parse_size(given, "--encoding_cache_size")
 
 
 class EncodingCache:
-    """Latents and conditioning of a base model, in ``folder``."""
+    """Latents and conditioning of a base model, in ``folder``.
 
-    def __init__(self, folder: Path, family: ModelFamily) -> None:
+    Args:
+        limit: bytes that all files together may take after `evict`.
+    """
+
+    def __init__(self, folder: Path, family: ModelFamily, limit: int = DEFAULT_SIZE) -> None:
         self._folder = folder
         self._family = family
+        self._limit = limit
+        self._in_use: set[str] = set()
         self._digests: dict[str, str] = {}
 
     def latents(self, pixels: Tensor) -> LatentDistribution:
@@ -42,6 +62,26 @@ class EncodingCache:
         """`ModelFamily.encode_text` of a table of prompts, kept as a whole."""
         model = getattr(self._family.pipeline, component)
         return self._kept(component, model, token_ids, lambda: self._family.encode_text(component, token_ids))
+
+    def evict(self) -> None:
+        """Remove the files used longest ago until the rest fits, but none that this object has read or written."""
+        kept = []
+        with contextlib.suppress(OSError), os.scandir(self._folder) as files:
+            for file in files:
+                with contextlib.suppress(OSError):  # another process removed it meanwhile
+                    status = file.stat()
+                    if _NAME.fullmatch(file.name):
+                        kept.append((status.st_mtime_ns, file.name, status.st_size))
+                    elif is_unfinished(file.name, _NAME) and status.st_mtime < time.time() - _DAY:
+                        os.unlink(file)  # its writer was killed
+        total = sum(size for _, _, size in kept)
+        for _, name, size in sorted(kept):
+            if total <= self._limit:
+                break
+            if name not in self._in_use:
+                with contextlib.suppress(OSError):  # Windows keeps files that somebody reads
+                    (self._folder / name).unlink(missing_ok=True)
+                    total -= size
 
     def _latents_of_one(self, pixels: Tensor) -> dict[str, Tensor]:
         def encode() -> dict[str, Tensor]:
@@ -63,7 +103,11 @@ class EncodingCache:
         key.update(content.view(-1).view(torch.uint8).numpy().data)
         file = self._folder / f"{kind}-{key.hexdigest()}.safetensors"
         tensors = _read(file)
-        if tensors is None:
+        self._in_use.add(file.name)
+        if tensors is not None:
+            with contextlib.suppress(OSError):  # a folder that only others may write
+                os.utime(file)  # eviction goes by the time of the last change
+        else:
             tensors = {name: made.detach() for name, made in make().items()}
             _write(file, tensors)
         return {name: kept.to(device) for name, kept in tensors.items()}
@@ -81,10 +125,20 @@ def model_digest(models: Mapping[str, nn.Module]) -> str:
         model = models[component]
         digest.update(f"{component}|{_settings_of(model)}".encode())
         for name, tensor in sorted(model.state_dict().items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"|{name}|{values.dtype}|{tuple(values.shape)}|".encode())
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+            for part in _plain_parts(tensor.detach()):
+                values = part.cpu().contiguous()
+                digest.update(f"|{name}|{values.dtype}|{tuple(values.shape)}|".encode())
+                digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, or those that one of a library's own class (a quantized one) is put together from."""
+    if type(tensor) is Tensor or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def _settings_of(model: nn.Module) -> str:
