@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,6 +40,11 @@ class Setting:
     group: str
     choices: tuple[str, ...]
 
+    @property
+    def from_text(self) -> Callable[[str], Any]:
+        """What turns text into a value, for argparse. Raises `ValueError` for other text."""
+        return path if self.kind is Path else self.kind
+
     def convert(self, value: Any) -> Any:
         """``value`` as this setting's type.
 
@@ -60,7 +65,7 @@ class Setting:
             converted = None
         else:
             try:
-                converted = self.kind(value)
+                converted = self.from_text(value)
             except (TypeError, ValueError, OverflowError):
                 converted = None
             if self.kind is int and isinstance(value, float) and value != converted:
@@ -70,6 +75,13 @@ class Setting:
         if self.choices and converted not in self.choices:
             raise UserError(f"{self.name}: {converted!r} is not one of {', '.join(self.choices)}")
         return converted
+
+
+def path(text: str | Path) -> Path:
+    """A path; the empty one, as of a shell variable that is not set, is no name of the current folder."""
+    if text == "":
+        raise ValueError("empty")
+    return Path(text)
 
 
 def settings_of(config_class: type) -> list[Setting]:

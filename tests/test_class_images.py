@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +17,11 @@ import torch
 from PIL import Image
 from training_runs import short_run
 
-from svft_diffusion.data.class_images import MANIFEST_FILE, ClassImageRecipe, class_pictures
-from svft_diffusion.errors import UserError
+from svft_diffusion.data.class_folder import drawing_alone, in_use, is_in_use
+from svft_diffusion.data.class_images import MANIFEST_FILE, ClassImageRecipe, class_pictures, given_class_pictures
+from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.models import load_pipeline
+from svft_diffusion.training.checks import check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.trainer import train
 
@@ -203,6 +208,21 @@ def test_manifest_says_what_made_the_pictures(prior: TrainingConfig, tmp_path: P
     assert second["recipe"]["precision"] == "bfloat16" and second["drawn"] != first["drawn"]
 
 
+def test_captions_of_given_pictures_are_looked_at_before_the_base_is_loaded(prior: TrainingConfig) -> None:
+    folder, photos = prior.class_data_dir, prior.instance_data_dir
+    assert folder is not None and photos is not None
+    folder.mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "mine.png")
+    (folder / "mine.txt").write_text("my old dog", encoding="utf-8")
+    (folder / "list.txt").write_text("of no picture", encoding="utf-8")
+    (note,) = (note for note in check(replace(prior, caption_source="txt")).notes if "in the class folder" in note)
+    assert "list.txt (not a picture)" in note and "mine.txt" not in note
+    (folder / "mine.txt").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.txt is empty"):
+        check(replace(prior, caption_source="txt"))
+    assert check(prior).notes
+
+
 def _change_vae(pipeline: Any) -> None:
     pipeline.vae.decoder.conv_out.bias.data += 0.5
 
@@ -222,3 +242,66 @@ def test_any_change_of_the_base_draws_anew(
     pipeline.save_pretrained(prior.pretrained_model_name_or_path)  # under the same name
     train(replace(prior, output_dir=tmp_path / "out2"))
     assert manifest_of(prior)["recipe"] != first["recipe"] and manifest_of(prior)["drawn"] != first["drawn"]
+
+
+# --- several runs in one folder at once ---
+
+OTHER = replace(RECIPE, seed=77)
+
+
+def test_pictures_that_another_run_needs_stay(tmp_path: Path) -> None:
+    with ExitStack() as users:
+        names = draw(tmp_path, Painter(), users=users)
+        before = {name: (tmp_path / name).read_bytes() for name in names}
+        with pytest.raises(UserError, match=r"another run needs the class images .* --class_data_dir") as refusal:
+            draw(tmp_path, Painter(), OTHER)
+        assert "\n" not in str(refusal.value)
+        assert {name: (tmp_path / name).read_bytes() for name in names} == before
+        painter = Painter()
+        assert draw(tmp_path, painter, users=users) == names and painter.seeds == []  # one recipe is shared
+    painter = Painter()
+    draw(tmp_path, painter, OTHER)
+    assert len(painter.seeds) == 5
+    assert not list(tmp_path.glob("*.used"))
+
+
+def test_runs_draw_one_after_the_other(tmp_path: Path) -> None:
+    waited = 0
+
+    def wait() -> None:
+        nonlocal waited
+        waited += 1
+        raise Interrupted(143)
+
+    painter = Painter()
+    with drawing_alone(tmp_path, wait), pytest.raises(Interrupted):
+        draw(tmp_path, painter, on_progress=wait)
+    assert waited == 1 and painter.seeds == []
+    assert len(draw(tmp_path, painter)) == 5
+
+
+def test_killed_runs_hold_nothing(tmp_path: Path) -> None:
+    draw(tmp_path, Painter())
+    program = f"""
+import os, pathlib
+from svft_diffusion.data.class_folder import drawing_alone, in_use
+folder = pathlib.Path({str(tmp_path)!r})
+drawing, used = drawing_alone(folder, lambda: None), in_use(folder)
+drawing.__enter__(), used.__enter__()
+os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert len(list(tmp_path.glob("*.used"))) == 1
+    with in_use(tmp_path):
+        assert is_in_use(tmp_path)
+    assert not is_in_use(tmp_path) and not list(tmp_path.glob("*.used"))
+    assert len(draw(tmp_path, Painter(), OTHER)) == 5
+
+
+def test_locks_are_no_pictures(tmp_path: Path) -> None:
+    with ExitStack() as users:
+        draw(tmp_path, Painter(), users=users)
+        found = given_class_pictures(tmp_path)
+        assert found.photos == [] and found.skipped == []
+        (tmp_path / "notes.txt").touch()
+        assert [file.path.name for file in given_class_pictures(tmp_path).skipped] in ([], ["notes.txt"])

@@ -356,6 +356,19 @@ def test_alpha_is_a_mask_and_a_file_beside_the_photo_comes_first(tmp_path: Path)
     assert cut is not None and torch.equal(cut, torch.ones(1, 16, 16))
 
 
+def test_transparent_parts_of_a_mask_are_outside(tmp_path: Path) -> None:
+    """As drawn on a layer of its own: white where the subject is, and nothing elsewhere."""
+    photo = save_photo(tmp_path / "dog.jpg", (16, 16))
+    mask = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 16, 8))
+    mask.save(tmp_path / "dog.mask.png")
+    cut = masked_cut(photo)
+    assert cut is not None and cut[:, :8].min() == 1 and cut[:, 8:].max() == 0
+    Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save(tmp_path / "dog.mask.png")
+    with pytest.raises(UserError, match="black all over"):
+        masked_cut(photo)
+
+
 def test_wrong_masks_are_refused(tmp_path: Path) -> None:
     photo = save_photo(tmp_path / "dog.jpg", (32, 16))
     mask = tmp_path / "dog.mask.png"

@@ -97,3 +97,9 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path: Path) 
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:  # as of "$OUT" with no such variable
+        run_command("train", ["--instance_data_dir", "photos", "--instance_prompt", "a dog", "--output_dir", ""])
+    assert ended.value.code == 2 and "argument --output_dir: invalid path value: ''" in capsys.readouterr().err

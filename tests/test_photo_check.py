@@ -136,7 +136,7 @@ def test_of_very_many_photos_the_first_are_looked_at(tmp_path: Path) -> None:
 def test_one_photo_and_flat_ones_are_no_trouble(tmp_path: Path) -> None:
     assert notes_on(tmp_path, {"0.png": scene(0)}) == []
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("RGB", (128, 1)).save(tmp_path / "line.png")
+    Image.new("RGB", (128, 4)).save(tmp_path / "line.png")
     notes = photo_notes([Picture(tmp_path / name, "") for name in ("dot.png", "line.png")], CUTTER)
     assert any("blurred" in note for note in notes)
 

@@ -127,6 +127,22 @@ def test_pixel_limit_is_checked_before_decoding(tmp_path: Path, monkeypatch: pyt
         open_photo(tmp_path / "bomb.png")
 
 
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (3300, 100)])
+def test_long_and_narrow_pictures_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Few pixels, but many once the narrow side is scaled to the training size."""
+    save_photo(tmp_path / "good.png", (64, 2))
+    save_photo(tmp_path / "strip.png", size)
+    found = scan_photos(tmp_path)
+    assert [photo.name for photo in found.photos] == ["good.png"]
+    assert found.unusable_pictures[0].reason == f"{size[0]}x{size[1]} pixels are too long and narrow"
+
+
+def test_browsers_names_of_jpeg_are_read(tmp_path: Path) -> None:
+    for name in ("saved.jfif", "saved.JPE"):
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name, format="JPEG")
+    assert [photo.name for photo in scan_photos(tmp_path).photos] == ["saved.JPE", "saved.jfif"]
+
+
 def test_phones_data_beside_the_rotation_do_not_matter(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 8

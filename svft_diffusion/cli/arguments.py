@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from svft_diffusion.cli.familiar_flags import SortedArguments
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import Setting, nearest_hint, settings_of
 
@@ -18,26 +19,43 @@ class Parser(argparse.ArgumentParser):
 
     Flags are declared and shown with underscores, and may be typed with hyphens: ``--num_images`` or ``--num-images``,
     ``--no-train_bias`` or ``--no-train-bias``.
+
+    Args:
+        set_apart: takes flags of other programs out of the arguments; what it says against them is told with everything
+            else that is wrong, and its other notes are kept.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, set_apart: Callable[[Sequence[str]], SortedArguments] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._set_apart = set_apart
+        self._problems: list[str] = []
+        self.notes: list[str] = []
 
     def parse_args(  # type: ignore[override]  # the overloads of the superclass say no more than this
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse all arguments; an unknown one ends the program with code 2 and the nearest known flag."""
+        """Parse all arguments; unknown ones end the program with code 2, and the nearest known flag of each."""
         flags = {_spelling(flag): flag for action in self._actions for flag in action.option_strings}
-        given = list(sys.argv[1:] if args is None else args)
-        options, unknown = self.parse_known_args(_as_declared(given, flags), namespace)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {unknown[0]}{nearest_hint(_spelling(flag), flags.values())}")
+        given = _as_declared(list(sys.argv[1:] if args is None else args), flags)
+        if self._set_apart is not None:
+            given, self._problems, self.notes = self._set_apart(given)
+        known = set(flags.values())
+        end = given.index("--") if "--" in given else len(given)
+        for argument in given[:end]:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                self._problems.append(f"unknown argument {argument}{nearest_hint(_spelling(flag), known)}")
+        options, unknown = self.parse_known_args(given, namespace)
+        if unknown and not self._problems:
+            self._problems.append(f"unknown argument {unknown[0]}")
+        if self._problems:
+            self.error(self._problems.pop())
         return options
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2; the full usage is what ``--help`` is for."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        """Print a line for each problem and exit with code 2; the full usage is what ``--help`` is for."""
+        lines = [f"error: {problem}\n" for problem in self._problems]
+        self.exit(2, f"{''.join(lines)}error: {message} (see {self.prog} --help)\n")
 
 
 def _as_declared(arguments: Sequence[str], flags: Mapping[str, str]) -> list[str]:
@@ -59,13 +77,22 @@ def _spelling(flag: str) -> str:
     return f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag
 
 
-def add_settings(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add one flag per field of ``config_class``; a flag that is not given leaves no attribute behind."""
+def add_settings(
+    parser: argparse.ArgumentParser, config_class: type, names: Collection[str] | None = None, *, prefix: str = ""
+) -> None:
+    """Add one flag per field of ``config_class``; a flag that is not given leaves no attribute behind.
+
+    Args:
+        names: of the fields, where not all of them are meant.
+        prefix: before the titles of their groups in the help.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in settings_of(config_class):
+        if names is not None and item.name not in names:
+            continue
         title = item.group or "settings"
         if title not in groups:
-            groups[title] = parser.add_argument_group(title)
+            groups[title] = parser.add_argument_group(prefix + title)
         groups[title].add_argument(f"--{item.name}", **_argument_options(item))
 
 
@@ -78,7 +105,7 @@ def _argument_options(item: Setting) -> dict[str, Any]:
         # Without a --no form where "no" is the default; a default that depends (None) can be answered both ways.
         options["action"] = "store_true" if item.default is False else argparse.BooleanOptionalAction
         return options
-    options["type"] = item.kind
+    options["type"] = item.from_text
     if item.choices:
         options["choices"] = item.choices
     if item.is_list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -15,6 +16,7 @@ from svft_diffusion.terminal import printable
 # Command -> (module with ``run(argv)``, what it does). Modules are imported only when their command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("svft_diffusion.cli.train", "train an adapter on a few photos of a subject (DreamBooth)"),
+    "train-many": ("svft_diffusion.cli.train_many", "train an adapter for each subject of a list, on one loaded base"),
     "history": ("svft_diffusion.cli.history", "list the adapters of a run's steps with their samples, and pick one"),
     "sample": ("svft_diffusion.cli.sample", "generate pictures with any number of adapters"),
     "inspect": ("svft_diffusion.cli.inspect", "show what an adapter, or a picture that carries one, is"),
@@ -64,15 +66,28 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)  # messages quote names from files of others
         return 2
     except Interrupted as request:
-        print(request, file=sys.stderr)
-        return request.exit_code
+        return _interrupted(str(request), request.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted("interrupted", 130)
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        _drop_what_nobody_reads()
         return _BROKEN_PIPE
     return 0
+
+
+def _interrupted(message: str, exit_code: int) -> int:
+    with contextlib.suppress(OSError):  # Ctrl-C has ended a reader of the output, such as `tee`, too
+        print(message, file=sys.stderr)
+    _drop_what_nobody_reads()
+    return exit_code
+
+
+def _drop_what_nobody_reads() -> None:
+    """Python flushes the output at its end, and would change the exit code if that failed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _overview() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
+from svft_diffusion.cli.familiar_flags import refuse_foreign_settings, set_apart
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import config_from_mapping
 from svft_diffusion.training.checks import check_nothing_is_overwritten
@@ -26,7 +28,7 @@ Train an adapter on a few photos of a subject (DreamBooth).
 
 def run(argv: Sequence[str]) -> None:
     """Train with the settings of the command line, which win over those of ``--config``."""
-    parser = Parser(prog="svft-diffusion train", description=_DESCRIPTION)
+    parser = Parser(set_apart=set_apart, prog="svft-diffusion train", description=_DESCRIPTION)
     parser.add_argument(
         "--config", type=Path, metavar="FILE.yaml", help="settings from a file; those on the command line win"
     )
@@ -34,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
     add_settings(parser, TrainingConfig)
     options = parser.parse_args(argv)
     settings = read_settings(options.config) if options.config else {}
+    refuse_foreign_settings(settings, options.config)
     config = config_from_mapping(TrainingConfig, settings | given_settings(TrainingConfig, options))
 
     if options.json and not config.dry_run:
@@ -42,6 +45,9 @@ def run(argv: Sequence[str]) -> None:
 
     from accelerate import PartialState
 
+    if os.environ.get("RANK", "0") == "0":  # not asked of accelerate, which would set processes up for good
+        for note in parser.notes:
+            print(note, file=sys.stderr)
     if config.dry_run:
         from svft_diffusion.training.dry_run import dry_run
 

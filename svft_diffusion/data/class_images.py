@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from svft_diffusion.data.captions import METADATA_FILE, read_captions
+from svft_diffusion.data.class_folder import LOCK_FILE, drawing_alone, in_use, is_in_use
 from svft_diffusion.data.dataset import Picture, pictures_with_prompts
 from svft_diffusion.data.photos import PhotoFolder, scan_photos
 from svft_diffusion.errors import UserError
@@ -28,6 +30,7 @@ from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.sampling.png import save_png
 
 MANIFEST_FILE = "class_images.json"
+_MANIFEST = re.compile(re.escape(MANIFEST_FILE))
 _DRAWN_FILE = re.compile(r"class-\d{5}\.png")
 
 
@@ -82,15 +85,19 @@ def given_class_pictures(folder: Path) -> PhotoFolder:
     """The pictures that somebody else put into the class folder; an empty or missing folder is fine."""
     if not folder.is_dir():
         return PhotoFolder([], [])
-    if all(_DRAWN_FILE.fullmatch(path.name) or path.name == MANIFEST_FILE for path in folder.iterdir()):
+    if all(_is_ours(path) for path in folder.iterdir()):
         return PhotoFolder([], [])
     try:
         found = scan_photos(folder)
     except UserError:
         return PhotoFolder([], [])
     own = [photo for photo in found.photos if not _DRAWN_FILE.fullmatch(photo.name)]
-    skipped = [file for file in found.skipped if file.path.name not in (MANIFEST_FILE, METADATA_FILE)]
+    skipped = [file for file in found.skipped if not _is_ours(file.path) and file.path.name != METADATA_FILE]
     return PhotoFolder(own, skipped)
+
+
+def _is_ours(path: Path) -> bool:
+    return any(name.fullmatch(path.name) for name in (_DRAWN_FILE, _MANIFEST, LOCK_FILE))
 
 
 def class_pictures(
@@ -103,6 +110,7 @@ def class_pictures(
     caption_source: str = "none",
     subject: int = 0,
     on_progress: Callable[[], None] = lambda: None,
+    users: ExitStack | None = None,
 ) -> list[Picture]:
     """``count`` or more class pictures with their prompts: all given ones, filled up by the base model's drawings.
 
@@ -111,10 +119,13 @@ def class_pictures(
         folder: created if it is not there.
         caption_source: see `read_captions`; of the given pictures.
         subject: what the pictures show the class of, see `Picture`.
-        on_progress: called after each denoising step; what it raises ends the drawing, and what is drawn stays.
+        on_progress: called after each denoising step, and while another run draws into the folder; what it raises ends
+            the drawing, and what is drawn stays.
+        users: until it is closed, no other run may take the drawn pictures away.
 
     Raises:
-        UserError: the folder can't be written, or the safety checker blanked every picture.
+        UserError: the folder can't be written, another run needs the pictures of another recipe in it, or the safety
+            checker blanked every picture.
     """
     found = given_class_pictures(folder)
     captions = read_captions(folder, found, caption_source, required=False)
@@ -124,9 +135,12 @@ def class_pictures(
         return given
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = _matching_manifest(folder, recipe)
-        missing = [index for index in wanted if not manifest.has(index)]
-        _draw(pipeline, folder, recipe, manifest, missing, batch_size, on_progress)
+        with drawing_alone(folder, on_progress):
+            manifest = _matching_manifest(folder, recipe)
+            if users is not None:
+                users.enter_context(in_use(folder))
+            missing = [index for index in wanted if not manifest.has(index)]
+            _draw(pipeline, folder, recipe, manifest, missing, batch_size, on_progress)
     except OSError as problem:  # of the folder, or of a file that can't be removed
         raise UserError(f"can't write class images to {folder}: {problem.strerror or problem}") from problem
     drawn = [
@@ -189,6 +203,11 @@ def _matching_manifest(folder: Path, recipe: ClassImageRecipe) -> _Manifest:
     except (OSError, ValueError, TypeError, RecursionError):
         return _Manifest(wanted, {}, [])
     if recipe_of_files != wanted:
+        if files and is_in_use(folder):
+            raise UserError(
+                f"another run needs the class images in {folder}, which were drawn with other settings: choose another "
+                "--class_data_dir, or wait until it is over"
+            )
         for file in files.values():
             file.unlink(missing_ok=True)
         return _Manifest(wanted, {}, [])

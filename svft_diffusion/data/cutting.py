@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from svft_diffusion.data.buckets import Size, nearest_size
@@ -123,6 +123,8 @@ class Cutter:
 def read_mask(path: Path, photo: Photo) -> Image.Image | None:
     """Where the subject is in a photo: white in ``NAME.mask.png`` beside it, else what is opaque; else None.
 
+    What is transparent in the mask's file counts as black.
+
     Raises:
         UserError: the mask can't be read, has another shape than the photo, or leaves nothing of it.
     """
@@ -132,9 +134,12 @@ def read_mask(path: Path, photo: Photo) -> Image.Image | None:
             raise UserError(f"{path} is transparent all over, so that --masked_loss leaves nothing of it to train on")
         return photo.alpha
     try:
-        mask = read_photo(file).image.convert("L")
+        drawn = read_photo(file)
     except UnusablePhoto as problem:
         raise UserError(f"the mask {file} can't be used: {problem}") from None
+    mask = drawn.image.convert("L")
+    if drawn.alpha is not None:
+        mask = ImageChops.multiply(mask, drawn.alpha)
     size = photo.image.size
     ratio = (mask.width / mask.height) / (size[0] / size[1])
     if not 1 - _SAME_SHAPE <= ratio <= 1 + _SAME_SHAPE:

@@ -15,12 +15,16 @@ from svft_diffusion.errors import UserError
 PIXEL_LIMIT = 64_000_000
 """Larger pictures are refused from their header alone: a file of half a megabyte can claim a gigabyte of pixels."""
 
+LONGEST_SHAPE = 32
+"""Times as long as wide. Longer pictures are refused: scaled until the narrow side is of the training size, a file of
+some hundred bytes would take all memory."""
+
 MASK_SUFFIX = ".mask.png"
 """``dog.mask.png`` says which part of ``dog.jpg`` is the subject; it is no photo itself."""
 
 # Few decoders see files of unknown origin. Phones' multi-picture JPEGs open as JPEG.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 _HEIF_SUFFIXES = (".heic", ".heif")
 _OTHER_PICTURE_SUFFIXES = (
     ".gif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
@@ -116,7 +120,7 @@ def open_photo(path: Path) -> Image.Image:
     """The picture in ``path`` as RGB, upright (EXIF), transparent parts on white, 16-bit values scaled to 8 bits.
 
     Raises:
-        UnusablePhoto: not a picture, damaged, or of more than `PIXEL_LIMIT` pixels.
+        UnusablePhoto: see `read_photo`.
     """
     return read_photo(path).image
 
@@ -125,7 +129,7 @@ def read_photo(path: Path) -> Photo:
     """As `open_photo`, with what else is known of the photo. Of an animated file the first picture is taken.
 
     Raises:
-        UnusablePhoto: not a picture, damaged, or of more than `PIXEL_LIMIT` pixels.
+        UnusablePhoto: not a picture, damaged, of more than `PIXEL_LIMIT` pixels, or longer than `LONGEST_SHAPE`.
     """
     formats = _readable_formats(path)
     try:
@@ -136,6 +140,8 @@ def read_photo(path: Path) -> Photo:
             with Image.open(path, formats=formats) as image:
                 if image.width * image.height > PIXEL_LIMIT:
                     raise UnusablePhoto(f"{image.width}x{image.height} pixels are too many")
+                if max(image.size) > LONGEST_SHAPE * min(image.size):
+                    raise UnusablePhoto(f"{image.width}x{image.height} pixels are too long and narrow")
                 frames = int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
                 image.load()
                 turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
