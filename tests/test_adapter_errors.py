@@ -225,8 +225,8 @@ def to_meta(model: Net) -> None:
     [
         (spoil_with(float("nan")), "layer tall can't be decomposed: the weight holds NaN"),
         (spoil_with(float("inf")), "layer tall can't be decomposed: the weight holds NaN or infinite values"),
-        (quantize, r"layer tall is quantized \(torch.int8\); load the base model unquantized"),
-        (to_float8, r"layer tall is quantized \(torch.float8_e4m3fn\); load the base model unquantized"),
+        (quantize, r"layer tall is quantized \(torch.int8\), and adapters .*: load the base model unquantized"),
+        (to_float8, r"layer tall is quantized \(torch.float8_e4m3fn\), and .*: load the base model unquantized"),
         (to_meta, r"layer tall has no values yet \(it lies on the meta device\); load the weights first"),
     ],
 )

@@ -48,12 +48,35 @@ def test_limit_removes_several_after_resuming(finished: TrainingConfig, config: 
     assert checkpoints(config.output_dir) == {"checkpoint-6", "checkpoint-8"}
 
 
-def test_limit_counts_no_later_checkpoints_of_an_earlier_run(config: TrainingConfig) -> None:
-    train(replace(config, max_train_steps=8))
-    changed = replace(config, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=1, max_train_steps=4)
-    train(changed)
-    # What was written just now stays; what another run wrote beyond it is not ours to remove.
-    assert checkpoints(config.output_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+def test_going_back_sets_aside_what_came_later(
+    config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else ``latest`` would go on from the other course of the run, and the history would mix both."""
+    samples: dict[str, Any] = {"validation_prompt": "a dog", "num_validation_images": 1, "validation_steps": 2}
+    config = replace(config, **samples, thumbnail=False, check_result=False, max_train_steps=8)
+    earlier = train(config).adapter.read_bytes()
+    back = replace(config, resume_from_checkpoint="checkpoint-2", instance_prompt="a photo of sks cat")
+
+    def stop_at_three(report: StepReport) -> None:
+        if report.step == 3:
+            raise RuntimeError("power cut")
+
+    capsys.readouterr()
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(replace(back, checkpoints_total_limit=1), on_step=stop_at_three)
+    aside = config.output_dir / "earlier-1"
+    assert f"going back to step 2: what an earlier run saved after it is in {aside} now" in capsys.readouterr().out
+    assert checkpoints(config.output_dir) == {"checkpoint-2"}
+    assert checkpoints(aside) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    steps = sorted(int(path.stem.removeprefix("step-")) for path in (config.output_dir / "history").iterdir())
+    assert steps == [1, 2, 3]
+    drawn = sorted(path.name for path in (config.output_dir / "samples").iterdir())
+    assert drawn == ["step-000000-0.png", "step-000002-0.png"]
+    assert len((aside / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+    assert load_checkpoint_state(aside / "checkpoint-8") and (aside / "samples" / "step-000008-0.png").is_file()
+    result = train(replace(back, resume_from_checkpoint="latest"))
+    assert "going on from step 2" in capsys.readouterr().out and result.adapter.read_bytes() != earlier
+    assert not (config.output_dir / "earlier-2").exists()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +208,38 @@ def test_other_settings_than_the_checkpoint_s_are_refused(finished: TrainingConf
     for changes, message in [({"use_ema": True}, "use_ema=False, now it is True"), (FREEZING, "method=svft")]:
         with pytest.raises(UserError, match=message):
             train(replace(config, **changes, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resolution": 8},
+        {"aspect_ratio_buckets": "16,16;16,24"},
+        {"center_crop": True},
+        {"random_flip": True},
+        {"image_interpolation_mode": "nearest"},
+        {"caption_dropout": 0.5},
+        {"target_layers": "to_k"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_pixels_than_the_checkpoint_s_are_refused(
+    finished: TrainingConfig, config: TrainingConfig, change: dict[str, Any]
+) -> None:
+    """Another size, shape or place of the pictures would be another run."""
+    shutil.copytree(finished.output_dir, config.output_dir)
+    with pytest.raises(UserError, match=rf"was trained with {next(iter(change))}=.*resume with the same") as refusal:
+        train(replace(config, **change, max_train_steps=5, resume_from_checkpoint="latest"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_runs_have_checkpoints_unless_somebody_says_otherwise(config: TrainingConfig) -> None:
+    silent = replace(config, checkpointing_steps=None)
+    asked = {steps: silent.steps_between_checkpoints(steps) for steps in (3, 10, 400, 4999, 5000, 80_000)}
+    assert asked == {3: 1, 10: 1, 400: 40, 4999: 499, 5000: 500, 80_000: 500}
+    assert config.steps_between_checkpoints(400) == 2
+    train(replace(silent, max_train_steps=20, checkpoints_total_limit=3))
+    assert checkpoints(config.output_dir) == {"checkpoint-16", "checkpoint-18", "checkpoint-20"}
 
 
 @pytest.mark.parametrize(("removed", "message"), [("optimizer", "has no state of optimizer"), (None, "has a state of")])

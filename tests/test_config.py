@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ("freezing_topk: 3", "did you mean 'freezing_top_k'"),
         ("max_train_steps: .inf", "max_train_steps: expected int"),
         ("instance_prompt: [a dog, a cat]", "instance_prompt: expected str"),
+        ("output_dir: ''", "output_dir: expected Path, got ''"),
         ("- a list", "name: value"),
         ("a: [", "no YAML"),
     ],
@@ -184,8 +186,9 @@ def test_presets_pass_the_checks(preset: Path, photos: Path, tmp_path: Path, mon
     prompts = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
     check(config_from_mapping(TrainingConfig, prompts | read_settings(preset) | paths))
     lines = preset.read_text(encoding="utf-8").splitlines()
-    explained = [line for line in lines if not line.startswith("#") and "#" in line]
-    assert len(explained) >= 5 and len(explained) >= len([line for line in lines if ":" in line and line[0] != "#"]) / 2
+    settings = [line for line in lines if not line.startswith("#")]
+    assert len(settings) >= 5 and all(re.match(r"\w+: .*\S +# \S", line) for line in settings)
+    assert lines[0].startswith("# ") and f"svft-diffusion train --config configs/{preset.name} " in lines[1]
 
 
 @pytest.mark.parametrize(

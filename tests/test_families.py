@@ -22,6 +22,7 @@ from torch import Tensor
 from training_runs import PROMPT, picture, short_run, trained_tensors
 
 from svft_diffusion import load_adapter, set_adapters
+from svft_diffusion.adapters import SpectralConfig, add_training_adapter
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import read_header
 from svft_diffusion.models import PICTURE_SIZES, ModelFamily, family_of, load_pipeline
@@ -235,6 +236,39 @@ def test_kept_text_is_the_same_as_encoded_anew(name: str) -> None:
         torch.testing.assert_close(rows, anew[key])
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_denoiser_takes_the_precision_that_diffusers_tells(name: str) -> None:
+    pipeline = PIPELINES[name]().to(torch.bfloat16)
+    family: Any = family_of(pipeline)
+    denoiser = getattr(pipeline, family.denoiser)
+    add_training_adapter({family.denoiser: denoiser}, SpectralConfig(method="svdiff", targets="all"))  # in float32
+    assert family.denoiser_dtype == denoiser.dtype == torch.bfloat16
+    pipeline.to(torch.float32)
+    assert family.denoiser_dtype == denoiser.dtype == torch.float32
+
+
+def test_many_prompts_are_encoded_some_at_a_time() -> None:
+    """A long T5 that reads hundreds of captions at once would take the memory of several of itself."""
+    family = family_of(tiny_pipeline_flux())
+    prompts = [f"a dog {number}" for number in range(40)]
+    counts: list[int] = []
+    encode = family.encode_text
+
+    def counting(component: str, token_ids: Tensor) -> dict[str, Tensor]:
+        counts.append(len(token_ids))
+        return encode(component, token_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "encode_text", counting)
+        table = PromptTable(family, prompts, trained=["text_encoder"])
+        table.stop_training()
+    assert max(counts) <= 16 and sum(counts) == 2 * 40
+    with torch.no_grad():
+        expected = family.encode_prompts(family.token_ids(prompts[38:]))
+    for name, rows in table.conditioning(prompts[38:]).items():
+        torch.testing.assert_close(rows, expected[name])
+
+
 def example_loss(pipeline: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """One step's loss by the formulas of diffusers' DreamBooth examples, written out for two samples."""
     prompts = [PROMPT, PROMPT]
@@ -381,8 +415,8 @@ def test_what_does_not_fit_a_family_is_refused_in_one_line() -> None:
     def edm(pipeline: Any) -> None:
         pipeline.scheduler = EDMEulerScheduler()
 
-    def no_clip(pipeline: Any) -> None:
-        pipeline.text_encoder = None
+    def without(name: str) -> Callable[[Any], None]:
+        return lambda pipeline: setattr(pipeline, name, None)
 
     def inpainting(pipeline: Any) -> None:
         pipeline.unet = tiny_unet(in_channels=9)
@@ -394,8 +428,10 @@ def test_what_does_not_fit_a_family_is_refused_in_one_line() -> None:
         pass
 
     assert "EDMEulerScheduler" in refused(tiny_pipeline_sdxl, edm)
-    assert "can't be trained" in refused(tiny_pipeline_sdxl, no_clip)
-    assert "can't be trained" in refused(tiny_pipeline_sd3, no_clip)
+    for make in (tiny_pipeline, tiny_pipeline_sdxl, tiny_pipeline_sd3, tiny_pipeline_flux):
+        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            if make is not tiny_pipeline or not name.endswith("2"):
+                assert "can't be trained" in refused(make, without(name)), (make, name)
     assert "can't be trained" in refused(tiny_pipeline, inpainting)
     assert "flow matching" in refused(tiny_pipeline_flux, sampler_of_diffusion)
     assert "--max_sequence_length has no effect" in refused(tiny_pipeline_sdxl, nothing, max_sequence_length=77)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from training_runs import PROMPT, arguments, checkpoints, short_run, trained_tensors
 
@@ -21,8 +22,10 @@ from svft_diffusion.cli.main import main, run_command
 from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.files import read_header
 from svft_diffusion.training import loss_plot, status, step
+from svft_diffusion.training.batches import _leave_signals_to_the_run
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.history import history_file
+from svft_diffusion.training.interruption import SIGNALS as SIGNALS_OF_RUNS
 from svft_diffusion.training.interruption import Interruption
 from svft_diffusion.training.trainer import StepReport, train
 
@@ -95,6 +98,35 @@ def test_command_exits_with_the_signal_s_code(
     assert checkpoints(config.output_dir) == {"checkpoint-1"}
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_readers_of_the_output_may_go(
+    config: TrainingConfig, whole: bytes, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Ctrl-C in ``train 2>&1 | tee log`` ends ``tee`` at once, and the run a step later."""
+    reading, writing = os.pipe()
+    real = step.denoising_losses
+    calls: list[int] = []
+
+    def reader_goes(*positional: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.close(reading)
+            if asked:
+                signal.raise_signal(signal.SIGINT)
+        return real(*positional, **named)
+
+    with open(writing, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr(step, "denoising_losses", reader_goes)
+        patch.setattr("sys.stdout", pipe)
+        patch.setattr("sys.stderr", pipe)
+        assert run_command("train", arguments(config)) == (130 if asked else 141)
+    if asked:
+        assert checkpoints(config.output_dir) == {"checkpoint-2", "checkpoint-3"}
+        config = replace(config, resume_from_checkpoint="latest")
+        train(config)
+    assert (config.output_dir / "adapter.safetensors").read_bytes() == whole
+
+
 def test_second_control_c_ends_at_once(config: TrainingConfig) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -158,6 +190,40 @@ def test_stop_file_of_an_earlier_time_is_no_request(config: TrainingConfig) -> N
     (config.output_dir / "stop").touch()
     assert train(replace(config, max_train_steps=1)).steps == 1
     assert not (config.output_dir / "stop").exists()
+
+
+def test_folder_named_stop_is_no_request(config: TrainingConfig) -> None:
+    (config.output_dir / "stop").mkdir(parents=True)
+    assert train(replace(config, max_train_steps=1)).steps == 1
+    assert (config.output_dir / "stop").is_dir()
+
+
+def test_loading_processes_survive_every_signal_that_the_run_does() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS_OF_RUNS}
+    try:
+        _leave_signals_to_the_run(0)
+        assert {signal.getsignal(number) for number in SIGNALS_OF_RUNS} == {signal.SIG_IGN}
+        assert signal.SIGINT in SIGNALS_OF_RUNS and {getattr(signal, name) for name in SIGNALS} <= {*SIGNALS_OF_RUNS}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_curves_that_can_not_be_drawn_are_one_line(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    config = replace(config, report_to="tensorboard", max_train_steps=1)
+    with pytest.raises(UserError, match=r"can't write to .* is a file"):
+        train(replace(config, logging_dir=Path(__file__)))
+
+    def no_login(accelerator: Accelerator, *positional: Any) -> None:
+        accelerator.trackers = [object()]  # begun, and of no use
+        raise RuntimeError("no key\nlog in first")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "init_trackers", no_login)
+        with pytest.raises(UserError, match=r"does not work here \(no key log in first\); try --report_to none"):
+            train(config)
+    assert run_command("train", arguments(config, report_to="tensorboard")) == 0  # nothing is in the way
 
 
 def test_stop_before_the_first_step(config: TrainingConfig, whole: bytes) -> None:
@@ -271,6 +337,9 @@ def test_status_of_a_failure_names_no_folder(config: TrainingConfig, tmp_path: P
     [
         ("can't write /home/me/run/out/x.png: No space", "can't write x.png: No space"),
         ("can't write C:\\Users\\me\\x.png: full", "can't write x.png: full"),
+        ("can't read C:\\Users\\Jo Doe\\my photos\\a b.png: full", "can't read a b.png: full"),
+        ("\\\\server\\the share\\x.png and /a b/y.png are none", "x.png and y.png are none"),
+        ("/a/b.png is no picture of 3/4", "b.png is no picture of 3/4"),
         ("see someone/model and 3/4", "see someone/model and 3/4"),
         ("/a/b is 'damaged' (/c/d/e)", "b is 'damaged' (e)"),
     ],

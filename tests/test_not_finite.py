@@ -15,9 +15,10 @@ from test_never_losing import status_of
 from training_runs import FREEZING, checkpoints, short_run
 
 from svft_diffusion.data.cutting import Cutter
-from svft_diffusion.training import self_check, step
+from svft_diffusion.training import self_check, setup, step, trainer
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.finite import TrainingDiverged
+from svft_diffusion.training.metrics import read_metrics
 from svft_diffusion.training.prompts import PromptTable
 from svft_diffusion.training.trainer import train
 
@@ -135,6 +136,28 @@ def assert_nothing_broken_was_saved(config: TrainingConfig) -> None:
             assert not tensor.is_floating_point() or torch.isfinite(tensor).all(), (file, name)
     assert not (config.output_dir / "adapter.safetensors").exists()
     assert status_of(config)["state"] == "failed"
+
+
+def test_gradient_that_overflows_at_every_scale(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fp16's scaler leaves out is normal; that all of them are left out is none."""
+    real_accelerator, real = setup.make_accelerator, step._average_gradients
+
+    def make_accelerator(settings: TrainingConfig) -> Any:
+        accelerator = real_accelerator(settings)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
+        return accelerator
+
+    def average(run: Any) -> None:
+        real(run)
+        if run.finished_steps != 2:
+            run.optimizer.param_groups[0]["params"][0].grad.flatten()[0] = math.inf
+
+    monkeypatch.setattr(trainer, "make_accelerator", make_accelerator)
+    monkeypatch.setattr(step, "_average_gradients", average)
+    with pytest.raises(TrainingDiverged, match="the gradient's norm is no finite number in step 16"):
+        train(replace(config, max_train_steps=20, history_steps=0, checkpointing_steps=100))
+    rows = read_metrics(config.output_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["gradient_norm"] is not None] == [3]
 
 
 # The result

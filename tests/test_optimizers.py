@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from PIL import Image
 from training_runs import PROMPT, picture, short_run, trained_tensors
 
@@ -22,7 +23,7 @@ from svft_diffusion.models import EMBEDDED_MODEL
 from svft_diffusion.training.averaging import make_averaging
 from svft_diffusion.training.checkpoints import load_checkpoint_state
 from svft_diffusion.training.checks import check_settings
-from svft_diffusion.training.config import OPTIMIZERS, TrainingConfig
+from svft_diffusion.training.config import LR_SCHEDULERS, OPTIMIZERS, TrainingConfig
 from svft_diffusion.training.learning_rates import default_learning_rates
 from svft_diffusion.training.optimizers import check_optimizer, make_optimizer, state_in_8_bits
 from svft_diffusion.training.trainer import StepReport, train
@@ -193,6 +194,26 @@ def _resolved(**changes: Any) -> TrainingConfig:
     return replace(config, learning_rate=1.0, learning_rate_1d=1.0) if config.optimizer == "prodigy" else config
 
 
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_every_schedule_takes_every_optimizer(name: str) -> None:
+    for optimizer_name in set(OPTIMIZERS) - {"adamw8bit", "schedulefree"}:
+        config = _resolved(optimizer=optimizer_name, lr_scheduler=name)
+        parameters = {"unet.a.values": torch.nn.Parameter(torch.zeros(3))}
+        optimizer = make_optimizer(config, parameters, 1)
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=4)
+        rates = []
+        for _ in range(5):
+            rates += scheduler.get_last_lr()
+            optimizer.step()
+            scheduler.step()
+        assert max(rates) == config.learning_rate and (rates[4] < 1e-3) == (not name.startswith("constant"))
+
+
+def test_scaled_rate_is_the_one_that_is_told(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(config, scale_lr=True, gradient_accumulation_steps=2, lr_scheduler="linear", max_train_steps=1))
+    assert "1 steps, learning rate 0.2\n" in capsys.readouterr().out
+
+
 def test_default_rates_suit_the_optimizer() -> None:
     plain = default_learning_rates("svft", "banded", EMBEDDED_MODEL)
     assert default_learning_rates("svft", "banded", EMBEDDED_MODEL, "adafactor") == plain
@@ -222,6 +243,10 @@ def test_8_bit_state_is_counted() -> None:
         ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "leave out --lr_scheduler"),
         ({"optimizer": "schedulefree", "use_ema": True}, "leave out --use_ema"),
         ({"optimizer": "schedulefree", "adam_beta1": 0.0}, "must be above 0"),
+        ({"lr_warmup_steps": 5}, "no effect with --lr_scheduler constant; take constant_with_warmup"),
+        ({"lr_num_cycles": 2, "lr_scheduler": "cosine"}, "no effect without --lr_scheduler cosine_with_restarts"),
+        ({"lr_power": 2.0}, "no effect without --lr_scheduler polynomial"),
+        ({"learning_rate": 1e-7, "lr_scheduler": "polynomial"}, "ends at 1e-07; --learning_rate must be above"),
         ({"ema_decay": 0.5}, "--ema_decay has no effect without --use_ema"),
         ({"ema_decay": 1.0, "use_ema": True}, "--ema_decay must be at least 0 and below 1"),
         ({"stop_text_encoder_training": 5.0}, "no effect without --train_text_encoder"),

@@ -127,6 +127,18 @@ def test_worker_processes_load_the_same(config: TrainingConfig, family: ModelFam
         assert first.weights is not None and second.weights is not None and torch.equal(first.weights, second.weights)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photo_that_is_gone_is_named_in_one_line(
+    config: TrainingConfig, family: ModelFamily, photos: list[Picture], workers: int
+) -> None:
+    config = replace(config, resolution=16)
+    cutter = cutter_of(config, 8)
+    streams = streams_of(config, photos[:1], [], cutter)
+    photos[0].path.unlink()
+    with pytest.raises(UserError, match=r"^[^\n]*0\.png can't be used any more: it is gone$"):
+        list(loaded_batches(Encoder(family), streams, cutter, [range(0, 2)], workers))
+
+
 # Masks
 
 
@@ -253,6 +265,23 @@ def test_base_is_the_target_of_the_second_half(
     torch.testing.assert_close(losses.instance.detach(), ((prediction - randomness.noise)[:2] ** 2).mean())
 
 
+def test_base_stays_the_target_when_the_text_encoder_stops(config: TrainingConfig, photos: list[Picture]) -> None:
+    family, base = family_of(tiny_pipeline()), family_of(tiny_pipeline())
+    config = replace(config, resolution=16, with_prior_preservation=True, prior_source="base")
+    batch = batches_of(config, family, photos, [replace(photo, prompt="a dog") for photo in photos], number=1)[0]
+    models = adapted(family, train_text_encoder=True)
+    prompts, of_base = (PromptTable(of, ["a dog"], trained=names) for of, names in ((family, models), (base, [])))
+    prompts.stop_training()
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
+    predicted = base_prediction(family, models, prompts, batch)(noisy, timesteps)
+    conditioning = of_base.conditioning(batch.prompts[2:]) | {PICTURE_SIZES: batch.sizes[2:]}
+    with torch.no_grad():
+        assert torch.equal(predicted, base.predict(noisy, timesteps, conditioning))
+    trained = prompts.conditioning(["a dog"])["text_states"]
+    assert not trained.requires_grad
+    assert not torch.allclose(trained, of_base.conditioning(["a dog"])["text_states"], atol=1e-3)
+
+
 def test_base_as_prior_in_a_run(config: TrainingConfig) -> None:
     train(replace(config, with_prior_preservation=True, prior_source="base", class_prompt="a photo of a dog"))
     lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -375,6 +404,7 @@ def test_flow_models_take_several_shapes_and_their_own_predictions(config: Train
         ({"aspect_ratio_buckets": "16"}, "--aspect_ratio_buckets: expected"),
         ({"unmasked_weight": 1.5}, r"--unmasked_weight must lie in \[0, 1\]"),
         ({"unmasked_weight": float("nan")}, "--unmasked_weight"),
+        ({"unmasked_weight": 0.5}, "--unmasked_weight has no effect without --masked_loss"),
         ({"encoding_cache": Path("x"), "cache_latents": False}, "--encoding_cache needs --cache_latents"),
         ({"prior_source": "base"}, "--prior_source has no effect without"),
         ({"with_prior_preservation": True, "prior_source": "base"}, "needs --class_prompt$"),

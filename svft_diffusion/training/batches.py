@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +14,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from svft_diffusion.data.buckets import Size
+from svft_diffusion.data.cut_mix import CutMix, Half
 from svft_diffusion.data.cutting import Cut, Cutter
 from svft_diffusion.data.dataset import Picture
-from svft_diffusion.data.order import PictureOrder
+from svft_diffusion.data.order import PictureOrder, keyed_generator
+from svft_diffusion.errors import UserError
 from svft_diffusion.models import LatentDistribution, ModelFamily
 from svft_diffusion.training.encoding_cache import EncodingCache
+from svft_diffusion.training.interruption import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,25 @@ class Stream:
     pictures: Sequence[Picture]
     order: PictureOrder
     sizes: Sequence[Size] | None  # the training size of each picture; None: that of the pictures it is in a batch with
+    caption_dropout: float = 0.0  # part of the samples that have an empty prompt
+    seed: int = 0  # of which samples those are
+    mix: CutMix | None = None  # which samples show two subjects side by side; None: no sample does
+
+    def parts(self, sample: int) -> list[Half]:
+        """What the n-th sample of the run shows: one picture, or its left and its right half."""
+        mixed = None if self.mix is None else self.mix.locate(sample)
+        return [Half(*self.order.locate(sample))] if mixed is None else [mixed.left, mixed.right]
+
+    def prompt(self, sample: int) -> str:
+        """What training reads with the n-th sample of the run."""
+        mixed = None if self.mix is None else self.mix.locate(sample)
+        if mixed is not None:
+            return mixed.prompt
+        if self.caption_dropout:
+            drawn = torch.rand((), generator=keyed_generator(self.seed, "caption dropout", self.kind, sample))
+            if drawn < self.caption_dropout:
+                return ""
+        return self.pictures[self.order.locate(sample)[0]].prompt
 
 
 @dataclass(frozen=True)
@@ -120,35 +142,54 @@ class CachedCuts:
         on_picture: Callable[[], None],
     ) -> None:
         self._kept: dict[tuple[int, Size], list[EncodedCuts]] = {}
+        self._halves: dict[tuple[int, Size], list[EncodedCuts]] = {}  # by the size of the whole
         for index, picture in enumerate(tqdm(stream.pictures, desc=f"encoding {stream.kind} pictures", leave=False)):
             on_picture()
             for size in sizes if stream.sizes is None else [stream.sizes[index]]:
-                self._kept[index, size] = [
-                    encoder([cutter.cut(picture, variant, size)])
-                    for variant in range(cutter.number_of_variants(picture, size))
-                ]
+                self._kept[index, size] = _variants(encoder, cutter, picture, size)
+            if stream.mix is not None:  # of any picture, as it may stand beside one of another size
+                for size in sizes:
+                    self._halves[index, size] = _variants(encoder, half_cutter(cutter), picture, half_size(size))
 
-    def __call__(self, places: Sequence[tuple[int, int]], size: Size) -> list[EncodedCuts]:
-        """Rows of (index of a picture, number of the pass) pairs."""
-        kept = [(self._kept[index, size], pass_number) for index, pass_number in places]
-        return [variants[pass_number % len(variants)] for variants, pass_number in kept]
+    def __call__(self, parts: Sequence[Half], size: Size) -> EncodedCuts:
+        """The row of a sample of this size from its parts."""
+        kept = [(self._kept if len(parts) == 1 else self._halves)[part.picture, size] for part in parts]
+        rows = [variants[part.variant % len(variants)] for variants, part in zip(kept, parts, strict=True)]
+        return rows[0] if len(rows) == 1 else side_by_side(*rows)
 
 
-class _Cuts(Dataset[list[Cut]]):
-    """Pictures by the number of the sample, for the worker processes of a `DataLoader`."""
+def _variants(encoder: Encoder, cutter: Cutter, picture: Picture, size: Size) -> list[EncodedCuts]:
+    count = cutter.number_of_variants(picture, size)
+    return [encoder([cutter.cut(picture, variant, size)]) for variant in range(count)]
+
+
+Parts = list[Cut]
+"""What one sample is encoded from: one cut, or those of its halves. Halves are encoded by themselves, so that what lies
+in one has no part in the latents of the other, and one encoding of a photo serves all that it is mixed with."""
+
+
+class _Cuts(Dataset[list[Parts] | UserError]):
+    """Pictures by the number of the sample, for the worker processes of a `DataLoader`.
+
+    What is wrong with a file is handed over, since raised in a worker it would become a text with all lines of the
+    traceback, which would keep the worker alive.
+    """
 
     def __init__(self, streams: Sequence[Stream], cutter: Cutter) -> None:
         self._streams = streams
         self._cutter = cutter
 
-    def __getitem__(self, sample: int) -> list[Cut]:
-        """One cut for each stream."""
+    def __getitem__(self, sample: int) -> list[Parts] | UserError:
+        """The parts of the sample in each stream."""
         size = batch_size_of(self._streams, sample)
-        cuts = []
-        for stream in self._streams:
-            index, pass_number = stream.order.locate(sample)
-            cuts.append(self._cutter.cut(stream.pictures[index], pass_number, size))
-        return cuts
+        try:
+            return [self._cut(stream, stream.parts(sample), size) for stream in self._streams]
+        except UserError as problem:
+            return problem
+
+    def _cut(self, stream: Stream, parts: list[Half], size: Size) -> Parts:
+        cutter, part_size = (self._cutter, size) if len(parts) == 1 else (half_cutter(self._cutter), half_size(size))
+        return [cutter.cut(stream.pictures[part.picture], part.variant, part_size) for part in parts]
 
 
 def batch_size_of(streams: Sequence[Stream], sample: int) -> Size:
@@ -156,6 +197,29 @@ def batch_size_of(streams: Sequence[Stream], sample: int) -> Size:
     first = streams[0]
     assert first.sizes is not None
     return first.sizes[first.order.locate(sample)[0]]
+
+
+def half_size(size: Size) -> Size:
+    """Height and width of each half of a mixed sample."""
+    return size[0], size[1] // 2
+
+
+def half_cutter(cutter: Cutter) -> Cutter:
+    """Halves are cut from the middle: at a random place of a photo, a narrow cut would often miss its subject."""
+    return replace(cutter, center_crop=True)
+
+
+def side_by_side(left: EncodedCuts, right: EncodedCuts) -> EncodedCuts:
+    """One row of two halves. What is told of its size is the smaller of both originals, cut nowhere."""
+    sizes = torch.minimum(left.sizes, right.sizes)  # (1, 6), see `Cut`
+    sizes[:, 2:4] = 0
+    sizes[:, 5] = left.sizes[:, 5] + right.sizes[:, 5]
+    return EncodedCuts(
+        mean=torch.cat((left.mean, right.mean), dim=-1),
+        std=torch.cat((left.std, right.std), dim=-1),
+        sizes=sizes,
+        weights=None if left.weights is None or right.weights is None else torch.cat((left.weights, right.weights), -1),
+    )
 
 
 def cached_batches(
@@ -183,24 +247,30 @@ def _files_and_sizes(stream: Stream) -> tuple[list[Path], Sequence[Size] | None]
 def _cached_batch(streams: Sequence[Stream], caches: Sequence[CachedCuts], samples: range) -> Batch:
     size = batch_size_of(streams, samples[0])
     rows = [
-        row
-        for stream, cache in zip(streams, caches, strict=True)
-        for row in cache([stream.order.locate(sample) for sample in samples], size)
+        cache(stream.parts(sample), size) for stream, cache in zip(streams, caches, strict=True) for sample in samples
     ]
+    return _batch(streams, samples, one_below_another(rows))
+
+
+def one_below_another(rows: Sequence[EncodedCuts]) -> EncodedCuts:
+    """Rows as a batch."""
     weights = [row.weights for row in rows if row.weights is not None]
-    joined = EncodedCuts(
+    return EncodedCuts(
         mean=torch.cat([row.mean for row in rows]),
         std=torch.cat([row.std for row in rows]),
         sizes=torch.cat([row.sizes for row in rows]),
         weights=torch.cat(weights) if weights else None,
     )
-    return _batch(streams, samples, joined)
 
 
 def loaded_batches(
     encoder: Encoder, streams: Sequence[Stream], cutter: Cutter, numbers: Sequence[range], workers: int
 ) -> Iterator[Batch]:
-    """Batches of pictures that are loaded, cut anew and encoded as training goes."""
+    """Batches of pictures that are loaded, cut anew and encoded as training goes.
+
+    Raises:
+        UserError: a picture can't be read any more.
+    """
     loader = DataLoader(
         _Cuts(streams, cutter),
         batch_sampler=[list(samples) for samples in numbers],
@@ -208,19 +278,32 @@ def loaded_batches(
         collate_fn=_by_stream,
         worker_init_fn=_leave_signals_to_the_run,
     )
-    for samples, cuts in zip(numbers, loader, strict=True):
-        yield _batch(streams, samples, encoder(cuts))
+    for samples, rows in zip(numbers, loader, strict=True):
+        if isinstance(rows, UserError):
+            raise rows
+        yield _batch(streams, samples, _encoded(encoder, rows))
+
+
+def _encoded(encoder: Encoder, rows: list[Parts]) -> EncodedCuts:
+    if all(len(parts) == 1 for parts in rows):
+        return encoder([cut for (cut,) in rows])
+    return one_below_another(
+        [encoder(parts) if len(parts) == 1 else side_by_side(encoder(parts[:1]), encoder(parts[1:])) for parts in rows]
+    )
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Terminals and schedulers send signals to every process; the step that runs still needs its pictures."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _by_stream(samples: list[list[Cut]]) -> list[Cut]:
-    """All cuts of the first stream, then all of the second."""
-    return [cut for of_stream in zip(*samples, strict=True) for cut in of_stream]
+def _by_stream(samples: list[list[Parts] | UserError]) -> list[Parts] | UserError:
+    """All samples of the first stream, then all of the second; or what is wrong with one of them."""
+    usable = [sample for sample in samples if not isinstance(sample, UserError)]
+    if problems := [sample for sample in samples if isinstance(sample, UserError)]:
+        return problems[0]
+    return [parts for of_stream in zip(*usable, strict=True) for parts in of_stream]
 
 
 def _batch(streams: Sequence[Stream], samples: range, encoded: EncodedCuts) -> Batch:
@@ -231,7 +314,7 @@ def _batch(streams: Sequence[Stream], samples: range, encoded: EncodedCuts) -> B
     return Batch(
         latents=LatentDistribution(encoded.mean, encoded.std),
         sizes=encoded.sizes,
-        prompts=[stream.pictures[stream.order.locate(sample)[0]].prompt for stream in streams for sample in samples],
+        prompts=[stream.prompt(sample) for stream in streams for sample in samples],
         samples=[(stream.kind, sample) for stream in streams for sample in samples],
         weights=weights,
     )

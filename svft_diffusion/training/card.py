@@ -27,15 +27,21 @@ CONFIG_FILE = "config.yaml"
 # Said in the card; the rest is in config.yaml.
 _SHOWN_SETTINGS = (
     "method", "pattern", "off_diagonals", "rank", "fraction", "select", "init", "train_values", "train_bias",
-    "train_norm", "targets", "train_text_encoder", "freezing_number", "freezing_warmup_steps", "freezing_interval",
-    "freezing_top_k", "freezing_smoothing", "resolution", "max_train_steps", "train_batch_size",
+    "train_norm", "targets", "target_layers", "train_text_encoder", "freezing_number", "freezing_warmup_steps",
+    "freezing_interval", "freezing_top_k", "freezing_smoothing", "resolution", "max_train_steps", "train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "learning_rate_1d", "lr_scheduler",
     "timestep_sampling", "with_prior_preservation", "class_prompt", "prior_loss_weight", "mixed_precision", "seed",
+)  # fmt: skip
+# And these where new tokens train.
+_SHOWN_OF_TOKENS = (
+    "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept", "train_text_encoder_ti_frac",
+    "token_learning_rate", "keep_token_norm",
 )  # fmt: skip
 
 
 _NOT_SAVED = (
-    "hub_token", "resume_from_checkpoint", "factor_cache", "factor_cache_size", "encoding_cache", "dry_run",
+    "hub_token", "resume_from_checkpoint", "factor_cache", "factor_cache_size", "encoding_cache", "encoding_cache_size",
+    "dry_run",
 )  # fmt: skip
 
 # What reads a single file, by the family of the base.
@@ -65,8 +71,13 @@ def write_config(config: TrainingConfig) -> Path:
 def write_card(config: TrainingConfig, samples: Sequence[Path]) -> Path:
     """Write ``README.md`` beside the adapter: what it is, ``samples`` of it, how to load it, how it was made."""
     facts = facts_of_adapter((config.output_dir / ADAPTER_FILE).read_bytes(), ADAPTER_FILE)
-    # Of several subjects, the first's.
-    config = dataclasses.replace(config, instance_prompt=config.instance_prompt or facts.header.instance_prompt)
+    # Of several subjects, the first's; and with new tokens in it.
+    prompt, shown = config.instance_prompt or facts.header.instance_prompt, config.validation_prompt
+    config = dataclasses.replace(
+        config,
+        instance_prompt=None if prompt is None else config.with_tokens(prompt),
+        validation_prompt=None if shown is None else config.with_tokens(shown),
+    )
     pictures = [sample.relative_to(config.output_dir).as_posix() for sample in samples]
     path = config.output_dir / CARD_FILE
     text = f"---\n{_front_matter(config, pictures)}\n---\n\n{_body(config, facts, pictures)}"
@@ -93,6 +104,9 @@ def _body(config: TrainingConfig, facts: AdapterFacts, pictures: Sequence[str]) 
     header = facts.header
     alternative = plain(config.validation_prompt or "")
     settings = config_to_mapping(config)
+    if config.target_layers is not None:
+        settings["targets"] = None  # which plays no part then
+    shown = _SHOWN_SETTINGS + (_SHOWN_OF_TOKENS if config.train_text_encoder_ti else ())
     parts = [
         f"# {plain(header.title or header.instance_prompt or ADAPTER_FILE)}",
         "\n".join(f"![{alternative}]({picture})" for picture in pictures),
@@ -105,7 +119,7 @@ def _body(config: TrainingConfig, facts: AdapterFacts, pictures: Sequence[str]) 
         "## Training",
         table(
             ["setting", "value"],
-            ([f"`{name}`", plain(str(settings[name]))] for name in _SHOWN_SETTINGS if settings[name] is not None),
+            ([f"`{name}`", plain(str(settings[name]))] for name in shown if settings[name] is not None),
         ),
         "## Terms",
         "No licence is stated here; the base model's terms hold too. The people and things in the training photos may "
@@ -149,13 +163,17 @@ def _with_this_package(config: TrainingConfig) -> list[str]:
 def _with_diffusers_alone(config: TrainingConfig, header: AdapterHeader) -> list[str]:
     """How to turn the adapter into what needs diffusers alone: a LoRA, or the whole model."""
     base, prompt = _base_argument(config), config.instance_prompt or ""
+    left_out = ""
+    if header.tokens:
+        prompt = config.without_tokens(prompt)
+        left_out = "New tokens and what they have learned are left out here, so prompts are written without them. "
     options = f"{ADAPTER_FILE} --base={shlex.quote(base)} {_version_flags(config)}"
     parts = []
     if config.pretrained_model_name_or_path != EMBEDDED_MODEL:  # diffusers knows no model of that name
         lost = " Biases and norms that the adapter trains are not in it." if _trains_more_than_weights(header) else ""
         parts += [
-            "Written as a LoRA, once. One of a low rank comes close, by the error that the command prints; with "
-            f"`--rank=full` it is exact, and large.{lost}",
+            f"{left_out}Written as a LoRA, once. One of a low rank comes close, by the error that the command prints; "
+            f"with `--rank=full` it is exact, and large.{lost}",
             code_block("shell", f"svft-diffusion export {options}-o lora.safetensors"),
             code_block(
                 "python",
@@ -166,7 +184,9 @@ def _with_diffusers_alone(config: TrainingConfig, header: AdapterHeader) -> list
         ]
     return [
         *parts,
-        "Or written into a copy of the base model, once:" if parts else "Written into a copy of the base model, once:",
+        "Or written into a copy of the base model, once:"
+        if parts
+        else f"{left_out}Written into a copy of the base model, once:",
         code_block("shell", f"svft-diffusion merge {options}-o merged-model"),
         code_block(
             "python",

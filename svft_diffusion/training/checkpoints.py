@@ -139,7 +139,7 @@ def save_checkpoint(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if limit is not None:
-        # Those of later steps are of a run before this one went back; it will write over them.
+        # Those of later steps are of another course of the run.
         for old in [path for path in existing_checkpoints(output_dir) if step_of(path) <= step][:-limit]:
             _remove(old)
     return checkpoint

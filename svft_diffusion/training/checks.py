@@ -9,19 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svft_diffusion.adapters import SpectralConfig
+from svft_diffusion.adapters.targets import DEFAULT_PRESET
 from svft_diffusion.data.dataset import Picture
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors.location import parse_size
 from svft_diffusion.files.training_folder import ADAPTER_FILE, METRICS_FILE
 from svft_diffusion.files.whole_files import check_writable
-from svft_diffusion.models import resolve_base
+from svft_diffusion.models import resolve_base, resolve_vae
 from svft_diffusion.settings import settings_of
 from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
 from svft_diffusion.training.checkpoints import checkpoint_named, existing_checkpoints
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.hub import check_upload
+from svft_diffusion.training.learning_rates import notes_on_numbers
+from svft_diffusion.training.mixing import mixing_of
+from svft_diffusion.training.mixing_settings import check_mixing_settings
 from svft_diffusion.training.optimizers import check_optimizer
+from svft_diffusion.training.quantization import check_quantization
+from svft_diffusion.training.sharding import check_launch
 from svft_diffusion.training.subjects import Subject, check_data_settings, read_subjects
+from svft_diffusion.training.token_words import check_token_settings, with_new_tokens
 
 _AT_LEAST_ONE = (
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "resolution",
@@ -38,7 +45,8 @@ _AT_LEAST_ZERO = (
     "guidance_scale", "noise_offset", "input_perturbation", "value_norm_penalty", "dataloader_num_workers", "seed",
     "freezing_number", "history_steps",
 )  # fmt: skip
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "freezing_smoothing", "ema_decay")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "freezing_smoothing", "ema_decay", "caption_dropout")
+_END_OF_POLYNOMIAL = 1e-7  # as diffusers has it
 _SEED_LIMIT = 2**62  # picture i has seed + i, and torch takes 63 bits
 
 
@@ -63,9 +71,15 @@ def check(config: TrainingConfig) -> Inputs:
         UserError: one line with cause and remedy.
     """
     check_settings(config)
+    check_launch(config)
     resolve_base(config.pretrained_model_name_or_path, config.base_config)
+    if config.pretrained_vae_model_name_or_path is not None:
+        resolve_vae(config.pretrained_vae_model_name_or_path)
     subjects, notes = read_subjects(config)
-    notes += check_optimizer(config)
+    subjects, on_tokens = with_new_tokens(config, subjects)
+    mixing_of(config, subjects)
+    notes += on_tokens
+    notes += check_optimizer(config) + notes_on_numbers(config)
     checkpoint, damaged = _check_output(config, subjects)
     return Inputs(subjects, notes + damaged, checkpoint)
 
@@ -81,6 +95,7 @@ def check_settings(config: TrainingConfig) -> None:
     _check_numbers(config)
     adapter_config(config)
     _check_freezing(config)
+    _check_target_layers(config)
     if config.train_text_encoder and config.targets == "cross-attention":
         raise UserError("--targets cross-attention has no layer in the text encoder; leave out --train_text_encoder")
     for name in ("text_encoder_lr", "stop_text_encoder_training"):
@@ -90,7 +105,10 @@ def check_settings(config: TrainingConfig) -> None:
         raise UserError("--learning_rate_1d has no effect where no bias, norm or gate trains; add --train_bias")
     if config.factor_cache_size is not None:
         parse_size(config.factor_cache_size, "--factor_cache_size")
+    _check_schedule(config)
     check_data_settings(config)
+    check_token_settings(config)
+    check_mixing_settings(config, several_subjects=config.concepts_list is not None, torch_compile=config.torch_compile)
     _check_packages(config)
     _check_objective(config)
     check_optimizer(config)
@@ -118,6 +136,18 @@ def adapter_config(config: TrainingConfig) -> SpectralConfig:
     )
 
 
+def _check_schedule(config: TrainingConfig) -> None:
+    warms_up = config.lr_scheduler != "constant" or config.resolved_optimizer == "schedulefree"
+    if config.lr_warmup_steps and not warms_up:
+        raise UserError("--lr_warmup_steps has no effect with --lr_scheduler constant; take constant_with_warmup")
+    plain = TrainingConfig()
+    for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        if getattr(config, name) != getattr(plain, name) and config.lr_scheduler != scheduler:
+            raise UserError(f"--{name} has no effect without --lr_scheduler {scheduler}")
+    if config.lr_scheduler == "polynomial" and (config.learning_rate or 1.0) <= _END_OF_POLYNOMIAL:
+        raise UserError(f"--lr_scheduler polynomial ends at {_END_OF_POLYNOMIAL:g}; --learning_rate must be above that")
+
+
 def _check_objective(config: TrainingConfig) -> None:
     if config.huber_c > 1:
         raise UserError(f"--huber_c must be at most 1, got {config.huber_c:g}: it is where the threshold ends")
@@ -127,6 +157,15 @@ def _check_objective(config: TrainingConfig) -> None:
             raise UserError(f"--{name} has no effect without --loss_type huber or smooth_l1")
     if config.ema_decay != plain.ema_decay and not config.use_ema:
         raise UserError("--ema_decay has no effect without --use_ema")
+
+
+def _check_target_layers(config: TrainingConfig) -> None:
+    if config.target_layers is None:
+        return
+    if not all(config.names_of_target_layers):
+        raise UserError(f"--target_layers takes names with commas between them, got {config.target_layers!r}")
+    if config.targets != DEFAULT_PRESET:
+        raise UserError("--targets has no effect with --target_layers; leave out one of them")
 
 
 def _check_freezing(config: TrainingConfig) -> None:
@@ -161,6 +200,7 @@ def _check_numbers(config: TrainingConfig) -> None:
 
 
 def _check_packages(config: TrainingConfig) -> None:
+    check_quantization(config.base_quantization)
     if config.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise UserError(
             "--enable_xformers_memory_efficient_attention needs the package xformers: "
@@ -187,7 +227,8 @@ def check_nothing_is_overwritten(config: TrainingConfig) -> None:
 def _check_output(config: TrainingConfig, subjects: Sequence[Subject]) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, after making sure that the run may write where it wants to, and notes on others."""
     check_writable(config.output_dir)
-    for folder in {config.encoding_cache, *(subject.class_data_dir for subject in subjects)}:
+    curves = None if config.report_to == "none" else config.output_dir / config.logging_dir
+    for folder in {config.encoding_cache, curves, *(subject.class_data_dir for subject in subjects)}:
         if folder is not None:
             check_writable(folder)
     if config.resume_from_checkpoint is not None:

@@ -14,11 +14,15 @@ from svft_diffusion.files.header import VALUE_DTYPES
 from svft_diffusion.models import EMBEDDED_MODEL
 from svft_diffusion.settings import setting
 from svft_diffusion.training.losses import HUBER_SCHEDULES, LOSS_TYPES, LossSettings
+from svft_diffusion.training.mixing_settings import MixingSettings
 from svft_diffusion.training.picture_settings import PictureSettings
+from svft_diffusion.training.token_settings import TokenSettings
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+BASE_QUANTIZATIONS = ("none", "bnb-4bit", "bnb-8bit", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedulefree")
 DEFAULT_TRAIN_STEPS = 400
+MOST_STEPS_AT_RISK = 500  # from one checkpoint to the next, unless more are asked for
 DEFAULT_OFF_DIAGONALS = 2
 FREEZING = FreezingSettings()  # its defaults
 _PATTERNS = tuple(dict.fromkeys(pattern for method in METHODS.values() for pattern in method.patterns))
@@ -35,7 +39,7 @@ _SPEED = "speed and memory"
 
 
 @dataclass(frozen=True)
-class TrainingConfig(PictureSettings):
+class TrainingConfig(MixingSettings, TokenSettings, PictureSettings):
     """What to train on which pictures. Names and meanings follow the DreamBooth LoRA example of diffusers.
 
     `svft_diffusion.training.checks.check_settings` says whether the settings fit together.
@@ -49,6 +53,9 @@ class TrainingConfig(PictureSettings):
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub model", group=_BASE)
     variant: str | None = setting(None, "file variant of the base model, such as fp16", group=_BASE)
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "another VAE for the pictures: its folder, or its name on the Hub (default: the base's)", group=_BASE
+    )
     local_files_only: bool = setting(False, "never ask the Hub; use what was downloaded before", group=_BASE)
 
     method: str = setting(
@@ -94,6 +101,11 @@ class TrainingConfig(PictureSettings):
         None, "train the weights of norm layers (default: with --targets all)", group=_ADAPTER
     )
     targets: str = setting(DEFAULT_PRESET, "layers that train", group=_ADAPTER, choices=tuple(PRESETS))
+    target_layers: str | None = setting(
+        None,
+        "names of layers instead, with commas: whole paths, their ends, or blocks: 'attn2.to_k,down_blocks.1'",
+        group=_ADAPTER,
+    )
     train_text_encoder: bool = setting(False, "adapt the CLIP text encoders too (never T5)", group=_ADAPTER)
 
     freezing_number: int | None = setting(
@@ -202,7 +214,11 @@ class TrainingConfig(PictureSettings):
         "look for a picture",
         group=_OUTPUT,
     )
-    checkpointing_steps: int = setting(500, "a checkpoint every so many steps", group=_OUTPUT)
+    checkpointing_steps: int | None = setting(
+        None,
+        f"a checkpoint every so many steps (default: a tenth of the run, {MOST_STEPS_AT_RISK} at most)",
+        group=_OUTPUT,
+    )
     checkpoints_total_limit: int | None = setting(None, "keep the newest so many checkpoints", group=_OUTPUT)
     history_steps: int | None = setting(
         None,
@@ -251,6 +267,16 @@ class TrainingConfig(PictureSettings):
     encoding_cache: Path | None = setting(
         None, "folder that keeps encoded pictures and prompts for later runs (default: memory alone)", group=_SPEED
     )
+    encoding_cache_size: str | None = setting(
+        None, "how much that folder may hold, as --factor_cache_size (default: 20 GiB)", group=_SPEED
+    )
+    base_quantization: str = setting(
+        "none",
+        "few bits for the denoiser's linear layers, which saves memory: bnb-4bit (NF4) and bnb-8bit of bitsandbytes, "
+        "int8 of torchao; the adapter is that of the full base",
+        group=_SPEED,
+        choices=BASE_QUANTIZATIONS,
+    )
     mixed_precision: str | None = setting(
         None,
         "precision of the frozen model (default: as accelerate is set up); what trains is always float32",
@@ -280,6 +306,11 @@ class TrainingConfig(PictureSettings):
         if self.off_diagonals is not None:
             return self.off_diagonals
         return 0 if self.pattern == "plain" else DEFAULT_OFF_DIAGONALS
+
+    @property
+    def names_of_target_layers(self) -> list[str]:
+        """What ``target_layers`` names, empty if it is None."""
+        return [] if self.target_layers is None else [name.strip() for name in self.target_layers.split(",")]
 
     @property
     def resolved_adam_beta2(self) -> float:
@@ -343,6 +374,10 @@ class TrainingConfig(PictureSettings):
         if self.num_train_epochs is not None:
             return self.num_train_epochs * self._steps_per_pass(number_of_photos, number_of_processes)
         return DEFAULT_TRAIN_STEPS
+
+    def steps_between_checkpoints(self, steps: int) -> int:
+        """Optimizer steps from one checkpoint to the next in a run of ``steps``."""
+        return self.checkpointing_steps or min(MOST_STEPS_AT_RISK, max(1, steps // 10))
 
     def text_encoder_steps(self, steps: int) -> float | None:
         """Steps of a run of ``steps`` in which the text encoder trains; None for all of them."""

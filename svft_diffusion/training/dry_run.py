@@ -14,6 +14,7 @@ import torch
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.training_folder import ADAPTER_FILE
 from svft_diffusion.sampling.sample import generate
+from svft_diffusion.terminal import printable
 from svft_diffusion.training.checks import Inputs, check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.memory import forget_peak, memory_in_words, out_of_memory_explained, peak_memory
@@ -93,7 +94,7 @@ def dry_run(config: TrainingConfig) -> DryRun:
         accelerator = make_accelerator(tried)
         forget_peak(accelerator.device)
         for note in inputs.notes:
-            accelerator.print(note)
+            accelerator.print(printable(note))
         with out_of_memory_explained(config, accelerator.device), compilation_explained(config):
             run = prepare_run(tried, tried_inputs, accelerator)
             return _measure(run, config, inputs, started)
@@ -132,6 +133,8 @@ def _measure(run: Run, config: TrainingConfig, inputs: Inputs, started: float) -
     values: Counter[str] = Counter()
     for name, parameter in run.parameters.items():
         values[name.partition(".")[0]] += parameter.numel()
+    for rows in run.tokens.values():
+        values["new tokens"] += rows.numel()
     photos = len(run.streams[0].pictures)
     return DryRun(
         device=str(run.accelerator.device),
@@ -156,7 +159,7 @@ def _drawing_time(run: Run, prompt: str, steps: int) -> float:
 
     def seconds(few_steps: int) -> float:
         begun = time.perf_counter()
-        with torch.no_grad(), run.accelerator.autocast():
+        with run.resting.awake(), torch.no_grad(), run.accelerator.autocast():
             generate(
                 run.family.pipeline,
                 prompt,

@@ -87,5 +87,5 @@ def _cause(run: Run, part: ForwardPass) -> tuple[str, list[str]] | None:
 def picture_names(run: Run, batch: Batch) -> list[str]:
     """The file of each row of a batch, without its folder."""
     streams = {stream.kind: stream for stream in run.streams}
-    located = [(streams[kind], streams[kind].order.locate(number)[0]) for kind, number in batch.samples]
-    return [stream.pictures[index].path.name for stream, index in located]
+    located = [(streams[kind], streams[kind].parts(number)) for kind, number in batch.samples]
+    return [" beside ".join(stream.pictures[part.picture].path.name for part in parts) for stream, parts in located]

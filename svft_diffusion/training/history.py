@@ -51,9 +51,14 @@ def history_file(output_dir: Path, step: int) -> Path:
     return output_dir / HISTORY_FOLDER / f"step-{step}.safetensors"
 
 
+def history_files(output_dir: Path) -> dict[int, Path]:
+    """The adapters that a run has kept, by step."""
+    return {int(match.group(1)): path for path, match in _matches(output_dir / HISTORY_FOLDER, _ADAPTER_NAME)}
+
+
 def has_history(output_dir: Path) -> bool:
     """Whether a run has kept an adapter there."""
-    return bool(_matches(output_dir / HISTORY_FOLDER, _ADAPTER_NAME))
+    return bool(history_files(output_dir))
 
 
 def read_history(output_dir: Path) -> list[HistoryEntry]:
@@ -62,7 +67,7 @@ def read_history(output_dir: Path) -> list[HistoryEntry]:
     Raises:
         UserError: there is none.
     """
-    found = {int(match.group(1)): path for path, match in _matches(output_dir / HISTORY_FOLDER, _ADAPTER_NAME)}
+    found = history_files(output_dir)
     if not found:
         raise UserError(
             f"no history in {output_dir}: it is written by runs of `svft-diffusion train` without --history_steps 0"

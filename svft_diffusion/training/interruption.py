@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 from svft_diffusion.errors import Interrupted
 
 STOP_FILE = "stop"
-_SIGNALS = tuple(
+SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 )
 _NOT_ASKED = -1
@@ -34,17 +35,22 @@ class Interruption:
 
     Signals that were ignored before, as those of a program in the background are, stay so. Outside the main thread no
     signal can be received, and the stop file alone counts. Handlers that were there are back when this is left.
+
+    Args:
+        output_dir: where a stop file counts; None: nowhere.
+        stop_asked: says True when somebody asks for an end in another way, which counts as the stop file does.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self._stop_file = output_dir / STOP_FILE
+    def __init__(self, output_dir: Path | None, stop_asked: Callable[[], bool] | None = None) -> None:
+        self._stop_file = None if output_dir is None else output_dir / STOP_FILE
+        self._stop_asked = stop_asked
         self._exit_code = _NOT_ASKED
         self._first_control_c: float | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 handler = signal.getsignal(number)
                 if handler not in (signal.SIG_IGN, None):  # None: not of Python, which could not put it back
                     self._previous[number] = signal.signal(number, self._request)
@@ -55,11 +61,12 @@ class Interruption:
     ) -> None:
         self._restore()
         if isinstance(error, Interrupted) and error.exit_code == 0:
-            self._stop_file.unlink(missing_ok=True)
+            self.forget_old_stop_file()
 
     def forget_old_stop_file(self) -> None:
         """A stop file that was there before the run began was meant for another one."""
-        self._stop_file.unlink(missing_ok=True)
+        if self._stop_file is not None and self._stop_file.is_file():
+            self._stop_file.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise `Interrupted` if this process was asked to end."""
@@ -74,9 +81,14 @@ class Interruption:
         self.check()
 
     def _asked(self) -> int:
-        if self._exit_code == _NOT_ASKED and self._stop_file.exists():
+        if self._exit_code == _NOT_ASKED and self._stop_file_found():
             self._exit_code = 0
         return self._exit_code
+
+    def _stop_file_found(self) -> bool:
+        if self._stop_file is not None and self._stop_file.is_file():
+            return True
+        return self._stop_asked is not None and self._stop_asked()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -39,6 +39,20 @@ def available_tracker(report_to: str) -> tuple[str | None, str]:
     return report_to, ""
 
 
+def start_tracker(accelerator: Accelerator, report_to: str) -> None:
+    """Begin the curves.
+
+    Raises:
+        UserError: the package does not work, such as W&B without a login.
+    """
+    try:
+        accelerator.init_trackers("svft-diffusion")
+    except Exception as problem:  # the package's own, of any kind
+        accelerator.trackers = []  # what has not begun can't be ended
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise UserError(f"--report_to {report_to} does not work here ({reason}); try --report_to none") from problem
+
+
 class MetricsLog:
     """One line of JSON for each optimizer step; of an earlier run, the lines up to ``first_step`` are kept."""
 

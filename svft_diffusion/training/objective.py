@@ -31,6 +31,7 @@ class Losses:
     instance: Tensor
     prior: Tensor | None
     samples: Tensor  # (B,), each sample's own, before any weight; detached
+    unmix: Tensor | None = None  # see `unmix`; before its weight
 
 
 def draw_randomness(

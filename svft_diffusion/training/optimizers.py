@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.tensor_names import split_tensor_name
+from svft_diffusion.files.tensor_names import is_tokens, split_tensor_name
 from svft_diffusion.training.config import TrainingConfig
 
 # Optimizer -> (module that must be installed, extra of this package that brings it)
@@ -22,7 +22,7 @@ _PACKAGES = {
     "lion": ("lion_pytorch", "optimizers"),
     "schedulefree": ("schedulefree", "optimizers"),
 }
-_RATES = ("text_encoder_lr", "learning_rate_1d")
+_RATES = ("text_encoder_lr", "learning_rate_1d", "token_learning_rate")
 _SMALLEST_8BIT = 4096  # bitsandbytes keeps the state of smaller vectors in 32 bits
 
 
@@ -95,7 +95,9 @@ def make_optimizer(
         from transformers.optimization import Adafactor
 
         # The given rate, without the paper's own schedule and scale; vectors have nothing to factor.
-        optimizer = Adafactor(groups, weight_decay=decay, scale_parameter=False, relative_step=False)
+        optimizer = Adafactor(
+            groups, lr=config.learning_rate, weight_decay=decay, scale_parameter=False, relative_step=False
+        )
     elif name == "lion":
         import lion_pytorch
 
@@ -123,8 +125,17 @@ def _groups(
     config: TrainingConfig, parameters: Mapping[str, nn.Parameter], number_of_processes: int
 ) -> list[dict[str, Any]]:
     scale = config.pictures_per_step * number_of_processes if config.scale_lr else 1
-    by_rate: dict[str, list[nn.Parameter]] = {"learning_rate": [], "text_encoder_lr": [], "learning_rate_1d": []}
+    by_rate: dict[str, list[nn.Parameter]] = {rate: [] for rate in ("learning_rate", *_RATES)}
     for name, parameter in parameters.items():
+        if is_tokens(name):
+            by_rate["token_learning_rate"].append(parameter)
+            continue
         values_rate = "text_encoder_lr" if name.startswith("text_encoder") else "learning_rate"
         by_rate[values_rate if split_tensor_name(name)[1] == "values" else "learning_rate_1d"].append(parameter)
-    return [{"params": members, "lr": getattr(config, rate) * scale} for rate, members in by_rate.items() if members]
+    # Decay would pull tokens to zero, which means nothing, while it pulls the rest to the base model.
+    own = {"token_learning_rate": {"weight_decay": 0.0}}
+    return [
+        {"params": members, "lr": getattr(config, rate) * scale, **own.get(rate, {})}
+        for rate, members in by_rate.items()
+        if members
+    ]

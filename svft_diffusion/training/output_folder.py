@@ -1,14 +1,17 @@
-"""The output folder at the start of a run: what killed runs left in it goes, what failed ones achieved stays."""
+"""The output folder at the start of a run: what killed runs left in it goes, what earlier ones achieved stays."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.training_folder import METRICS_FILE, SAMPLES_FOLDER
 from svft_diffusion.files.whole_files import remove_unfinished
+from svft_diffusion.training.checkpoints import existing_checkpoints, step_of
 from svft_diffusion.training.failure import FAILURE_FILE
-from svft_diffusion.training.history import HISTORY_FOLDER, has_history
+from svft_diffusion.training.history import HISTORY_FOLDER, has_history, history_files, sample_files
 
 
 def prepare_folder(output_dir: Path, first_step: int) -> list[str]:
@@ -28,19 +31,35 @@ def _prepare(output_dir: Path, first_step: int) -> list[str]:
     for folder in (output_dir, output_dir / HISTORY_FOLDER, output_dir / SAMPLES_FOLDER):
         remove_unfinished(folder)
     (output_dir / FAILURE_FILE).unlink(missing_ok=True)
-    if first_step > 0 or not has_history(output_dir):
+    if first_step > 0:
+        return _go_back(output_dir, first_step)
+    if not has_history(output_dir):
         return []
-    aside = _set_aside(output_dir)
+    traces = [output_dir / name for name in (METRICS_FILE, SAMPLES_FOLDER, HISTORY_FOLDER)]
+    aside = _set_aside(output_dir, [path for path in traces if path.exists()])
     return [f"an earlier run ended before its first checkpoint; the adapters that it kept are in {aside} now"]
 
 
-def _set_aside(output_dir: Path) -> Path:
-    """Give the traces of an earlier run a folder of their own: its steps are not those of the new one."""
+def _go_back(output_dir: Path, first_step: int) -> list[str]:
+    """Checkpoints of later steps are of another course of the run: ``latest`` must not go on from them one day."""
+    later = [path for path in existing_checkpoints(output_dir) if step_of(path) > first_step]
+    if not later:
+        return []
+    later += [path for step, path in history_files(output_dir).items() if step > first_step]
+    later += [path for step, paths in sample_files(output_dir).items() if step > first_step for path in paths]
+    aside = _set_aside(output_dir, later)
+    if (output_dir / METRICS_FILE).exists():  # the lines of the steps before are those of the new course too
+        shutil.copyfile(output_dir / METRICS_FILE, aside / METRICS_FILE)
+    return [f"going back to step {first_step}: what an earlier run saved after it is in {aside} now"]
+
+
+def _set_aside(output_dir: Path, paths: Sequence[Path]) -> Path:
+    """Give traces of an earlier run a folder of their own: its steps are not those of the new one."""
     number = 1
     while (aside := output_dir / f"earlier-{number}").exists():
         number += 1
-    aside.mkdir()
-    for name in (METRICS_FILE, SAMPLES_FOLDER, HISTORY_FOLDER):
-        if (output_dir / name).exists():
-            (output_dir / name).rename(aside / name)
+    for path in paths:
+        target = aside / path.relative_to(output_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
     return aside

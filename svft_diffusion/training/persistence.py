@@ -16,9 +16,9 @@ from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checkpoints import load_checkpoint_state, save_checkpoint, step_of
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.setup import ADAPTER_NAME, Run
-from svft_diffusion.training.subject_words import subject_words
 from svft_diffusion.training.subjects import Subject
 from svft_diffusion.training.thumbnail import jpeg_thumbnail
+from svft_diffusion.training.token_words import trigger_and_class
 
 # What an adapter file says of its making: settings that change its values, and nothing of folders or clocks.
 _SETTINGS_IN_FILE = (
@@ -31,16 +31,25 @@ _SETTINGS_IN_FILE = (
 _SPECIAL_SETTINGS_IN_FILE = (
     "optimizer", "stop_text_encoder_training", "loss_type", "huber_c", "huber_schedule", "snr_gamma", "noise_offset",
     "input_perturbation", "value_norm_penalty", "use_ema", "ema_decay", "aspect_ratio_buckets", "random_flip",
-    "masked_loss", "unmasked_weight", "prior_source",
+    "cut_mix_unmix", "cut_mix_probability", "cut_mix_prompt", "unmix_loss_weight",
+    "masked_loss", "unmasked_weight", "prior_source", "caption_dropout", "target_layers", "train_text_encoder_ti",
+    "num_new_tokens_per_abstraction", "initializer_concept", "train_text_encoder_ti_frac", "token_learning_rate",
+    "keep_token_norm",
+    "base_quantization",
 )  # fmt: skip
 # A checkpoint can only be gone on from with the same of these. The optimizer's state brings its settings with it, so
 # that new ones would have no effect.
 _SETTINGS_OF_CHECKPOINT = (
+    "cut_mix_unmix", "cut_mix_probability", "cut_mix_prompt", "unmix_loss_weight",
+    "train_text_encoder_ti", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept",
+    "token_learning_rate", "keep_token_norm",
     "method", "pattern", "off_diagonals", "rank", "fraction", "select", "init", "train_values", "train_bias",
     "train_norm", "compress_activations", "targets", "train_text_encoder", "seed", "learning_rate", "text_encoder_lr",
     "learning_rate_1d", "stop_text_encoder_training", "use_ema", "ema_decay", "optimizer", "scale_lr", "adam_beta1",
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "freezing_number", "freezing_warmup_steps", "freezing_interval",
-    "freezing_top_k", "freezing_smoothing",
+    "freezing_top_k", "freezing_smoothing", "target_layers", "resolution", "aspect_ratio_buckets", "center_crop",
+    "random_flip", "image_interpolation_mode", "masked_loss", "unmasked_weight", "caption_dropout",
+    "base_quantization",
 )  # fmt: skip
 
 
@@ -58,7 +67,7 @@ def save_result(run: Run, path: Path, samples: Sequence[Path] = (), *, finished_
     if finished_steps is not None:
         metadata = replace(metadata, training={**metadata.training, "finished_steps": finished_steps})
     with run.averaged_values():
-        save_adapter(run.models, ADAPTER_NAME, path, metadata=metadata)
+        save_adapter(run.carriers, ADAPTER_NAME, path, metadata=metadata)
 
 
 def _metadata(run: Run) -> AdapterMetadata:
@@ -74,7 +83,7 @@ def _metadata(run: Run) -> AdapterMetadata:
 
 def described(config: TrainingConfig, subjects: Sequence[Subject]) -> AdapterMetadata:
     """What the settings alone say of an adapter. Of several subjects, all triggers are told, and the first's prompt."""
-    words = [subject_words(subject.instance_prompt, subject.class_prompt) for subject in subjects]
+    words = [trigger_and_class(config, subject) for subject in subjects]
     triggers = [trigger for trigger, _ in words if trigger]
     names = [" ".join(part for part in pair if part) for pair in words]
     settings, defaults = saved_settings(config), saved_settings(TrainingConfig())
@@ -98,7 +107,7 @@ def save_run(run: Run, step: int) -> None:
     """
     if run.accelerator.is_main_process:
         state = {
-            "settings": {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT},
+            "settings": _settings_to_share(run),
             "pictures": _picture_names(run),
             "pieces": {name: piece.state_dict() for name, piece in run.pieces.items()},
         }
@@ -106,10 +115,15 @@ def save_run(run: Run, step: int) -> None:
         def write_adapter(path: Path) -> None:
             # As float32, whatever the settings say: going on from it loses nothing.
             with run.averaged_values():
-                save_adapter(run.models, ADAPTER_NAME, path, metadata=_metadata(run))
+                save_adapter(run.carriers, ADAPTER_NAME, path, metadata=_metadata(run))
 
         save_checkpoint(run.config.output_dir, step, write_adapter, state, run.config.checkpoints_total_limit)
     run.accelerator.wait_for_everyone()
+
+
+def _settings_to_share(run: Run) -> dict[str, object]:
+    """What a checkpoint and the run that goes on from it must have in common."""
+    return {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT} | {"token_steps": run.token_steps}
 
 
 def _picture_names(run: Run) -> dict[str, list[str]]:
@@ -123,13 +137,13 @@ def resume(run: Run, checkpoint: Path) -> int:
         UserError: the checkpoint is damaged, of another adapter or base, or already past the end.
     """
     state = load_checkpoint_state(checkpoint)
-    for name in _SETTINGS_OF_CHECKPOINT:
+    for name, value in _settings_to_share(run).items():
         if name not in state["settings"]:
             raise UserError(f"{checkpoint.name} was written by another version of this program, without {name}")
-        if state["settings"][name] != getattr(run.config, name):
+        if state["settings"][name] != value:
             raise UserError(
                 f"{checkpoint.name} was trained with {name}={state['settings'][name]}, now it is "
-                f"{getattr(run.config, name)}: resume with the same, or start a new run in another --output_dir"
+                f"{value}: resume with the same, or start a new run in another --output_dir"
             )
     step = step_of(checkpoint)
     if step > run.total_steps:
@@ -137,7 +151,7 @@ def resume(run: Run, checkpoint: Path) -> int:
     header, tensors = read_adapter(checkpoint / ADAPTER_FILE)
     matches = matches_of_pipeline(run.models, layer_names(tensors), header.base.digests)
     check_base(header, matches, base_display_name(run.config.pretrained_model_name_or_path))
-    load_adapter_state(run.models, ADAPTER_NAME, tensors)
+    load_adapter_state(run.carriers, ADAPTER_NAME, tensors)
     saved, pieces = state["pieces"], run.pieces
     if different := sorted(saved.keys() ^ pieces.keys()):
         lack = "has no" if different[0] in pieces else "has a"

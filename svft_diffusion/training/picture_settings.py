@@ -32,6 +32,9 @@ class PictureSettings:
         group=_DATA,
         choices=CAPTION_SOURCES,
     )
+    caption_dropout: float = setting(
+        0.0, "part of the photos' turns with an empty prompt; it keeps what guidance is measured against", group=_DATA
+    )
     resolution: int | None = setting(None, "side of the training squares in pixels (default: the base's)", group=_DATA)
     aspect_ratio_buckets: str | None = setting(
         None, "shapes instead of squares: 'height,width;height,width', or auto", group=_DATA

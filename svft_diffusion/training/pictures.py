@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,14 +12,16 @@ from torch import nn
 
 from svft_diffusion.data.buckets import automatic_sizes, parse_sizes
 from svft_diffusion.data.class_images import ClassImageRecipe, class_pictures
+from svft_diffusion.data.cut_mix import CutMix
 from svft_diffusion.data.cutting import Cutter
-from svft_diffusion.data.dataset import Picture
+from svft_diffusion.data.dataset import Picture, distinct_prompts
 from svft_diffusion.data.order import PictureOrder
 from svft_diffusion.errors import UserError
 from svft_diffusion.models import base_display_name
 from svft_diffusion.training.batches import Stream
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.encoding_cache import model_digest
+from svft_diffusion.training.mixing import Mixing
 from svft_diffusion.training.subjects import Subject
 
 
@@ -53,9 +56,17 @@ def cutter_of(config: TrainingConfig, pixel_multiple: int) -> Cutter:
 
 
 def streams_of(
-    config: TrainingConfig, instance: Sequence[Picture], classes: Sequence[Picture], cutter: Cutter
+    config: TrainingConfig,
+    instance: Sequence[Picture],
+    classes: Sequence[Picture],
+    cutter: Cutter,
+    mixing: Mixing | None = None,
 ) -> list[Stream]:
-    """Photos first, then class pictures if there are any."""
+    """Photos first, then class pictures if there are any.
+
+    Args:
+        mixing: how two subjects are named side by side; None: no sample shows two.
+    """
     sizes = [cutter.size_of(picture) for picture in instance]
     several = len(set(sizes)) > 1
 
@@ -68,13 +79,45 @@ def streams_of(
             purpose=purpose,
         )
 
-    streams = [Stream("instance", instance, order(instance, sizes, "instance"), sizes)]
+    streams = [
+        Stream(
+            "instance",
+            instance,
+            order(instance, sizes, "instance"),
+            sizes,
+            caption_dropout=config.caption_dropout,
+            seed=config.seed,
+        )
+    ]
     if classes and config.prior_source == "base":
         # The photos themselves: each takes its own turn again, with the class prompt.
         streams.append(Stream("class", classes, order(classes, sizes, "instance"), sizes))
     elif classes:
         streams.append(Stream("class", classes, order(classes, [None] * len(classes), "class"), None))
-    return streams
+    return streams if mixing is None else [_mixed(config, stream, mixing) for stream in streams]
+
+
+def _mixed(config: TrainingConfig, stream: Stream, mixing: Mixing) -> Stream:
+    """A stream with mixed samples; the class pictures of one are mixed as its photos are."""
+    mix = CutMix(
+        [picture.subject for picture in stream.pictures],
+        stream.order,
+        mixing.instance_prompts if stream.kind == "instance" else mixing.class_prompts,
+        probability=config.cut_mix_probability,
+        seed=config.seed,
+        purpose="instance" if config.prior_source == "base" else stream.kind,
+    )
+    return dataclasses.replace(stream, mix=mix)
+
+
+def prompts_of(
+    config: TrainingConfig, instance: Sequence[Picture], classes: Sequence[Picture], mixing: Mixing | None
+) -> list[str]:
+    """Every prompt of the run once: of pictures, of two side by side, and the empty one of dropped captions."""
+    of_mixed = [] if mixing is None else mixing.prompts
+    return list(
+        dict.fromkeys([*distinct_prompts(instance, classes), *of_mixed, *([""] * (config.caption_dropout > 0))])
+    )
 
 
 def prior_pictures(
@@ -84,13 +127,15 @@ def prior_pictures(
     dtype: torch.dtype,
     *,
     on_progress: Callable[[], None] = lambda: None,
+    users: ExitStack | None = None,
 ) -> list[Picture]:
     """What keeps the class: pictures of it, drawn if missing, or the photos themselves with the class prompt.
 
     Args:
         pipeline: the base model, which carries no adapter yet.
         dtype: the precision it was loaded in.
-        on_progress: called after each denoising step; what it raises ends the drawing.
+        on_progress: see `class_pictures`.
+        users: see `class_pictures`.
     """
     if config.prior_source == "base":
         return [
@@ -127,5 +172,6 @@ def prior_pictures(
             caption_source=config.caption_source,
             subject=number,
             on_progress=on_progress,
+            users=users,
         )
     return pictures

@@ -41,7 +41,7 @@ def base_prediction(
 
     def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         with torch.no_grad(), adapters_off(models):
-            conditioning = prompts.conditioning(batch.prompts[half:]) | {PICTURE_SIZES: batch.sizes[half:]}
+            conditioning = prompts.conditioning(batch.prompts[half:], anew=True) | {PICTURE_SIZES: batch.sizes[half:]}
             return family.predict(noisy_latents, timesteps, conditioning)
 
     return predict

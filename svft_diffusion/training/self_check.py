@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import nn
 from svft_diffusion.adapters import load_adapter
 from svft_diffusion.errors import UserError
 from svft_diffusion.sampling.sample import generate
-from svft_diffusion.training.setup import Run, load_base
+from svft_diffusion.training.setup import ADAPTER_NAME, Run, load_base
+from svft_diffusion.training.sharding import move_all_but, shard_denoiser
 from svft_diffusion.training.validation import decoding_without_autocast
 
 _STEPS = 4  # enough for every layer to count
@@ -28,16 +30,22 @@ def check_file(run: Run, adapter: Path) -> str:
     """
     live_pipeline = run.family.pipeline
     denoiser = next(iter(run.models))
-    device, dtype = live_pipeline.device, live_pipeline.components[denoiser].dtype
+    device, dtype = run.accelerator.device, live_pipeline.components[denoiser].dtype
     try:
-        with run.averaged_values():
+        with run.resting.awake(), run.averaged_values():
             live = _draw(run, live_pipeline)
-        if device.type != "cpu":
+        if run.is_sharded:
+            move_all_but(denoiser, live_pipeline, "cpu")
+        elif device.type != "cpu":
             live_pipeline.to("cpu")
-        fresh = load_base(run.config, dtype).to(device)
+        fresh = _in_all_processes(run, lambda: _loaded(run, adapter, dtype))
+        if run.is_sharded:
+            move_all_but(denoiser, fresh, device)
+            shard_denoiser(fresh.components[denoiser], ADAPTER_NAME, device, dtype)
+        else:
+            fresh.to(device)
         if fresh.vae.dtype != live_pipeline.vae.dtype:
             fresh.vae.to(live_pipeline.vae.dtype)
-        load_adapter(fresh, adapter)
         levels = np.abs(_draw(run, fresh) - live)
     except (UserError, RuntimeError, MemoryError, OSError) as problem:  # such as too little memory for another model
         return f"warning: {adapter.name} was not tried in a fresh base model: {' '.join(str(problem).split())}"
@@ -52,6 +60,29 @@ def check_file(run: Run, adapter: Path) -> str:
     )
 
 
+def _loaded(run: Run, adapter: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    fresh = load_base(run.config, dtype)
+    load_adapter(fresh, adapter, ADAPTER_NAME)
+    return fresh
+
+
+def _in_all_processes(run: Run, load: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
+    """What ``load`` gives; where all processes are to draw together, none goes on unless all have it."""
+    if not run.is_sharded:
+        return load()
+    loaded, problem = None, None
+    try:
+        loaded = load()
+    except (UserError, RuntimeError, MemoryError, OSError) as error:
+        problem = error
+    failures = run.accelerator.reduce(torch.tensor([float(loaded is None)], device=run.accelerator.device), "sum")
+    if problem is not None:
+        raise problem
+    if loaded is None or failures.item():
+        raise UserError("another of the processes could not load it, such as for lack of memory")
+    return loaded
+
+
 def _draw(run: Run, pipeline: DiffusionPipeline) -> np.ndarray:
     for model in pipeline.components.values():
         if isinstance(model, nn.Module):
@@ -59,7 +90,7 @@ def _draw(run: Run, pipeline: DiffusionPipeline) -> np.ndarray:
     with torch.no_grad(), run.accelerator.autocast(), decoding_without_autocast(pipeline.vae):
         image = generate(
             pipeline,
-            run.config.validation_prompt or run.config.instance_prompt or "",
+            run.config.with_tokens(run.config.validation_prompt or run.config.instance_prompt or ""),
             seed=run.config.seed,
             num_inference_steps=_STEPS,
             height=run.config.resolution,

@@ -31,7 +31,8 @@ STOPPED, FINISHED, FAILED = "stopped", "finished", "failed"
 
 _SECONDS_BETWEEN_WRITES = 2.0
 _SMOOTHING = 0.9  # of the seconds that a step takes
-_FOLDER = re.compile(r"(?:[A-Za-z]:[\\/]|(?<![\w.])[\\/])(?:[^\s:;,'\"()\\/]+[\\/])+")
+# A folder may have spaces in its name, but where a word with a dot ends, so does the name of a file.
+_FOLDER = re.compile(r"(?:[A-Za-z]:[\\/]|(?<![\w.])[\\/]{1,2})(?:(?:[^\s:;,'\"()\\/.]+ +)*[^\s:;,'\"()\\/]+[\\/])+")
 
 
 class RunStatus:

@@ -15,6 +15,7 @@ from svft_diffusion.data.cutting import read_mask
 from svft_diffusion.data.dataset import Picture, mask_file, pictures_with_prompts
 from svft_diffusion.data.photos import PhotoFolder, UnusablePhoto, read_photo, scan_photos
 from svft_diffusion.errors import UserError
+from svft_diffusion.factors.location import parse_size
 from svft_diffusion.training.config import TrainingConfig
 
 
@@ -39,10 +40,16 @@ def check_data_settings(config: TrainingConfig) -> None:
         parse_sizes(config.aspect_ratio_buckets)
     if not 0.0 <= config.unmasked_weight <= 1.0:  # NaN too
         raise UserError(f"--unmasked_weight must lie in [0, 1], got {config.unmasked_weight:g}")
+    if config.unmasked_weight != TrainingConfig().unmasked_weight and not config.masked_loss:
+        raise UserError("--unmasked_weight has no effect without --masked_loss; add that")
     if config.encoding_cache is not None and not config.cache_latents:
         raise UserError(
             "--encoding_cache needs --cache_latents: pictures that are cut anew each time are never met again"
         )
+    if config.encoding_cache_size is not None:
+        if config.encoding_cache is None:
+            raise UserError("--encoding_cache_size has no effect without --encoding_cache; give the folder")
+        parse_size(config.encoding_cache_size, "--encoding_cache_size")
     if config.encoding_cache is not None and config.encoding_cache.exists() and not config.encoding_cache.is_dir():
         raise UserError(f"--encoding_cache {config.encoding_cache} is no folder")
     if config.concepts_list is not None:
@@ -98,7 +105,7 @@ def read_subjects(config: TrainingConfig) -> tuple[list[Subject], list[str]]:
     notes += _masks(config, [picture for subject in subjects for picture in subject.pictures])
     for folder in dict.fromkeys(subject.class_data_dir for subject in subjects):
         if folder is not None:
-            notes += _class_folder(folder)
+            notes += _class_folder(config, folder)
     return subjects, notes
 
 
@@ -204,13 +211,16 @@ def _masks(config: TrainingConfig, pictures: Sequence[Picture]) -> list[str]:
     return [f"without a mask, so that all of it is learned: {', '.join(without)}"] if without else []
 
 
-def _class_folder(folder: Path) -> list[str]:
+def _class_folder(config: TrainingConfig, folder: Path) -> list[str]:
+    """Notes on what is in a class folder. Raises `UserError` if a caption there is wrong."""
     given = given_class_pictures(folder)
+    captions = read_captions(folder, given, config.caption_source, required=False)
+    unused = PhotoFolder([], [file for file in given.skipped if file.path not in captions.files])
     notes = []
     if given.photos:
         notes.append(f"class images: {len(given.photos)} of unknown origin found in {folder}")
-    if given.skipped:
-        notes.append(f"in the class folder, {given.report()}")
+    if unused.skipped:
+        notes.append(f"in the class folder, {unused.report()}")
     return notes
 
 

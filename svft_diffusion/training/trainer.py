@@ -15,7 +15,7 @@ from accelerate.utils import tqdm  # shows a bar in the first process only
 from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.training_folder import ADAPTER_FILE
-from svft_diffusion.terminal import printable
+from svft_diffusion.terminal import output_may_vanish, printable
 from svft_diffusion.training.card import write_card, write_config
 from svft_diffusion.training.checkpoints import remove_leftovers
 from svft_diffusion.training.checks import Inputs, check
@@ -27,15 +27,17 @@ from svft_diffusion.training.hub import push_to_hub
 from svft_diffusion.training.interruption import Interruption
 from svft_diffusion.training.loss_plot import draw_loss
 from svft_diffusion.training.memory import out_of_memory_explained
-from svft_diffusion.training.metrics import FreezingLog, MetricsLog
+from svft_diffusion.training.metrics import FreezingLog, MetricsLog, start_tracker
 from svft_diffusion.training.optimizers import state_in_8_bits
 from svft_diffusion.training.output_folder import prepare_folder
 from svft_diffusion.training.persistence import resume, save_result, save_run
 from svft_diffusion.training.photo_report import notes_on_photos, write_photos
+from svft_diffusion.training.quantization import quantization_in_words
 from svft_diffusion.training.self_check import check_file
-from svft_diffusion.training.setup import Run, make_accelerator, prepare_run
+from svft_diffusion.training.setup import BaseLoader, Run, make_accelerator, prepare_run
+from svft_diffusion.training.sharding import shares_in_words
 from svft_diffusion.training.speed import attention_in_words, compilation_explained
-from svft_diffusion.training.status import SAMPLING, STOPPING, RunStatus
+from svft_diffusion.training.status import ENCODING_PICTURES, SAMPLING, STOPPING, RunStatus
 from svft_diffusion.training.step import optimizer_step
 from svft_diffusion.training.validation import draw_samples, samples_missing
 
@@ -63,11 +65,19 @@ class TrainingResult:
     seconds: float  # of everything, loading included
 
 
-def train(config: TrainingConfig, *, on_step: Callable[[StepReport], None] | None = None) -> TrainingResult:
+def train(
+    config: TrainingConfig,
+    *,
+    on_step: Callable[[StepReport], None] | None = None,
+    load: BaseLoader | None = None,
+    stop_asked: Callable[[], bool] | None = None,
+) -> TrainingResult:
     """Train an adapter and write it, with everything about it, into ``config.output_dir``.
 
     Args:
         on_step: called after every optimizer step.
+        load: where the base model comes from (default: it is loaded); training changes it, see `SharedBase`.
+        stop_asked: called again and again; True ends the run as a stop file does.
 
     Raises:
         UserError: settings, files or base model that can't work; or a file can't be written. What was saved before
@@ -80,16 +90,17 @@ def train(config: TrainingConfig, *, on_step: Callable[[StepReport], None] | Non
     inputs = check(config)
     use_cache(config.factor_cache, config.factor_cache_size)
     # Training seeds torch at every step; the caller's own random numbers are not touched by that.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), output_may_vanish():
         accelerator = make_accelerator(config)
         for note in inputs.notes:
             accelerator.print(printable(note))
-        watch = _Watch(accelerator, config.output_dir)
+        watch = _Watch(accelerator, config.output_dir, stop_asked)
         try:
             memory = out_of_memory_explained(config, accelerator.device)
             with watch.interruption, watch.status, memory, compilation_explained(config):
-                run = prepare_run(config, inputs, accelerator, watch.progress)
-                return _train(run, inputs, started, watch, on_step)
+                run = prepare_run(config, inputs, accelerator, watch.progress, load=load)
+                with run.class_folders:
+                    return _train(run, inputs, started, watch, on_step)
         finally:
             accelerator.end_training()
 
@@ -97,9 +108,11 @@ def train(config: TrainingConfig, *, on_step: Callable[[StepReport], None] | Non
 class _Watch:
     """What goes on beside a run: requests to end it, and the word on where it stands."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, stop_asked: Callable[[], bool] | None = None
+    ) -> None:
         self._together = accelerator.num_processes > 1
-        self.interruption = Interruption(output_dir)
+        self.interruption = Interruption(output_dir, stop_asked)
         self.status = RunStatus(output_dir, active=accelerator.is_main_process)
         if accelerator.is_main_process:
             self.interruption.forget_old_stop_file()
@@ -107,7 +120,8 @@ class _Watch:
     def progress(self, state: str) -> None:
         """Called again and again outside of steps; raises `Interrupted` if the run shall end."""
         self.status.enter(state)
-        if not (self._together and state == SAMPLING):  # one of several samples, and must not leave the others alone
+        # One of several samples, and all of them encode: none must leave the others alone.
+        if not (self._together and state in (SAMPLING, ENCODING_PICTURES)):
             self.interruption.check()
 
 
@@ -116,7 +130,10 @@ def _train(
 ) -> TrainingResult:
     config, accelerator = run.config, run.accelerator
     first_step = run.finished_steps = resume(run, inputs.checkpoint) if inputs.checkpoint else 0
+    run.shard()
     _announce(run, first_step)
+    if accelerator.log_with:
+        start_tracker(accelerator, config.report_to)
     if accelerator.is_main_process:
         for note in prepare_folder(config.output_dir, first_step):
             accelerator.print(note)
@@ -125,8 +142,6 @@ def _train(
             for note in notes_on_photos(run):
                 accelerator.print(printable(note))
             write_photos(run)
-    if accelerator.log_with:
-        accelerator.init_trackers("svft-diffusion")
     accelerator.wait_for_everyone()
 
     with MetricsLog(accelerator, config.output_dir, first_step) as log:
@@ -146,10 +161,12 @@ def _train(
         save_result(run, config.output_dir / ADAPTER_FILE, samples)
         write_card(config, samples)
         _say(run, draw_loss(config.output_dir))
-        if config.checks_result:
-            _say(run, check_file(run, config.output_dir / ADAPTER_FILE))
-        if config.push_to_hub:
-            accelerator.print(f"uploaded to {push_to_hub(config, samples)}")
+    if run.is_sharded:
+        accelerator.wait_for_everyone()  # for the file
+    if config.checks_result and (accelerator.is_main_process or run.is_sharded):
+        _say(run, check_file(run, config.output_dir / ADAPTER_FILE))
+    if config.push_to_hub and accelerator.is_main_process:
+        accelerator.print(f"uploaded to {push_to_hub(config, samples)}")
     accelerator.wait_for_everyone()
     return TrainingResult(
         output_dir=config.output_dir,
@@ -167,6 +184,7 @@ def _run_steps(run: Run, log: MetricsLog, watch: _Watch, on_step: Callable[[Step
     config, first_step = run.config, run.finished_steps
     freezing_log = FreezingLog(config.output_dir, run.freezing if run.accelerator.is_main_process else None)
     batches = run.batches(first_step)
+    watch.interruption.check_together(run.accelerator)
     if samples_missing(run, first_step):
         draw_samples(run, first_step)
     progress = tqdm(initial=first_step, total=run.total_steps, desc="training")
@@ -184,7 +202,6 @@ def _run_steps(run: Run, log: MetricsLog, watch: _Watch, on_step: Callable[[Step
             if on_step is not None:
                 on_step(StepReport(step, run.total_steps, metrics["loss"], time.perf_counter() - started))
             watch.interruption.check_together(run.accelerator)
-            # Last, because a terminal that was closed can't show it.
             progress.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             progress.update()
         return draw_samples(run, run.total_steps)
@@ -197,7 +214,7 @@ def _run_steps(run: Run, log: MetricsLog, watch: _Watch, on_step: Callable[[Step
 def _save_what_is_due(run: Run, step: int) -> None:
     """The checkpoint, the adapter of the history and the samples of a step, in the order of their worth."""
     config = run.config
-    if step % config.checkpointing_steps == 0:
+    if step % config.steps_between_checkpoints(run.total_steps) == 0:
         save_run(run, step)
     samples = step < run.total_steps and run.draws_samples(step)
     interval = history_interval(config.history_steps, run.total_steps)
@@ -216,15 +233,27 @@ def _announce(run: Run, first_step: int) -> None:
                 say(f"the text encoder does not read the end of a prompt: {lost!r}")
     say(
         f"training {run.trained_values:,} values in {run.adapted_layers} layers of {' and '.join(run.models)}, "
-        f"{run.total_steps} steps, learning rate {run.config.learning_rate:g}"
+        f"{run.total_steps} steps, learning rate {run.optimizer.param_groups[0]['initial_lr']:g}"
     )
     say(f"attention: {attention_in_words(run.models)}")
+    if (mix := run.streams[0].mix) is not None:
+        say(f"{run.config.cut_mix_probability:.0%} of the samples show two subjects, such as {mix.prompts[0]!r}")
+    if run.is_sharded:
+        say(f"FSDP: {shares_in_words(next(iter(run.models.values())))}")
+    if run.config.base_quantization != "none":
+        say(quantization_in_words(next(iter(run.models.values()))))
     if run.config.optimizer == "adamw8bit":
-        say("8-bit AdamW keeps the state of {:,} of {:,} values in 8 bits".format(*state_in_8_bits(run.parameters)))
+        say("8-bit AdamW keeps the state of {:,} of {:,} values in 8 bits".format(*state_in_8_bits(run.trained)))
     if run.averaging is not None:
         say("samples and the adapter file hold the values' average over steps, checkpoints also what trains")
     if (limit := run.config.stop_text_encoder_training) is not None:
         say(f"the text encoder trains for {limit:g} steps")
+    if run.tokens:
+        steps = f", for {run.token_steps} steps" if run.token_steps is not None else ""
+        say(
+            f"new tokens train in {' and '.join(name.partition('.')[0] for name in run.tokens)}, learning rate "
+            f"{run.config.token_learning_rate:g}{steps}"
+        )
     if (settings := run.config.freezing) is not None and settings.warmup_steps < run.total_steps:
         frozen = settings.number_frozen(len(run.parameters))
         say(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 
 from svft_diffusion.files.training_folder import SAMPLES_FOLDER
@@ -39,33 +42,52 @@ def draw_samples(run: Run, step: int) -> list[Path]:
         Interrupted: the run shall end.
     """
     config = run.config
-    if config.validation_prompt is None or not run.accelerator.is_main_process:
+    saves = run.accelerator.is_main_process
+    if config.validation_prompt is None or not (saves or run.is_sharded):
         return []
+    prompt = config.with_tokens(config.validation_prompt)
     vae = run.family.pipeline.vae
     run.progress(SAMPLING)
     modes = {model: model.training for model in run.models.values()}
     paths = []
-    try:
-        for model in modes:
-            model.eval()
-        for number in range(config.num_validation_images):
-            settings = {"prompt": config.validation_prompt, "seed": config.seed + number, "training_step": step}
-            with torch.no_grad(), run.accelerator.autocast(), decoding_without_autocast(vae), run.averaged_values():
-                image = generate(
-                    run.family.pipeline,
-                    config.validation_prompt,
-                    seed=config.seed + number,
-                    height=config.resolution,
-                    width=config.resolution,
-                    max_sequence_length=config.max_sequence_length,
-                    on_step=lambda _: run.progress(SAMPLING),
-                )
-            path = sample_file(config.output_dir, step, number)
-            paths.append(save_png(image, path, settings | facts_of(run.family.pipeline, image)))
-    finally:
-        for model, mode in modes.items():
-            model.train(mode)
+    with run.resting.awake():
+        try:
+            for model in modes:
+                model.eval()
+            for number in range(config.num_validation_images):
+                settings = {"prompt": prompt, "seed": config.seed + number, "training_step": step}
+                with torch.no_grad(), run.accelerator.autocast(), decoding_without_autocast(vae), run.averaged_values():
+                    image = generate(
+                        run.family.pipeline,
+                        prompt,
+                        seed=config.seed + number,
+                        height=config.resolution,
+                        width=config.resolution,
+                        max_sequence_length=config.max_sequence_length,
+                        on_step=lambda _: run.progress(SAMPLING),
+                    )
+                if not saves:
+                    continue
+                path = sample_file(config.output_dir, step, number)
+                paths.append(save_png(image, path, settings | facts_of(run.family.pipeline, image)))
+        finally:
+            for model, mode in modes.items():
+                model.train(mode)
+    if saves:
+        show_samples(run.accelerator.trackers, paths, prompt, step)
     return paths
+
+
+def show_samples(trackers: Sequence[GeneralTracker], samples: Sequence[Path], prompt: str, step: int) -> None:
+    """Send pictures to those of TensorBoard and W&B that are in use."""
+    for tracker in trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({SAMPLES_FOLDER: [wandb.Image(str(sample), caption=prompt) for sample in samples]}, step=step)
+        elif tracker.name == "tensorboard":
+            pixels = np.stack([np.asarray(Image.open(sample).convert("RGB")) for sample in samples])
+            tracker.log_images({SAMPLES_FOLDER: pixels}, step=step, dataformats="NHWC")
 
 
 @contextmanager
