@@ -18,7 +18,7 @@ from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
 from svft_diffusion.training.checkpoints import load_checkpoint_state, remove_leftovers, save_checkpoint
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 from svft_diffusion.training.trainer import StepReport, train
 
 
@@ -231,6 +231,35 @@ def test_other_pixels_than_the_checkpoint_s_are_refused(
     with pytest.raises(UserError, match=rf"was trained with {next(iter(change))}=.*resume with the same") as refusal:
         train(replace(config, **change, max_train_steps=5, resume_from_checkpoint="latest"))
     assert "\n" not in str(refusal.value)
+
+
+def forget_settings(output_dir: Path, names: list[str]) -> None:
+    """Make ``checkpoint-2`` one of a version that did not write these settings down."""
+    checkpoint = output_dir / "checkpoint-2"
+    state, adapter = load_checkpoint_state(checkpoint), (checkpoint / "adapter.safetensors").read_bytes()
+    for name in names:
+        del state["settings"][name]
+    save_checkpoint(output_dir, 2, lambda path: path.write_bytes(adapter), state, None)
+
+
+def test_settings_that_a_checkpoint_does_not_know_are_the_defaults(
+    finished: TrainingConfig, config: TrainingConfig
+) -> None:
+    shutil.copytree(finished.output_dir, config.output_dir)
+    # One with a default of its own, one that follows from the base, one from other settings, and one that is derived.
+    unknown = ["caption_dropout", "resolution", "adam_beta2", "learning_rate_1d", "cut_mix_unmix", "token_steps"]
+    forget_settings(config.output_dir, unknown)
+    for change, default in (
+        ({"caption_dropout": 0.5}, "0.0"),
+        ({"resolution": 8}, "16"),
+        ({"adam_beta2": 0.9}, "0.999"),
+    ):
+        (name,) = change
+        with pytest.raises(UserError, match=rf"checkpoint-2 .* without {name}, .* {default}") as refusal:
+            train(replace(config, **change, resume_from_checkpoint="checkpoint-2"))  # type: ignore[arg-type]
+        assert "\n" not in str(refusal.value)
+    again = train(replace(config, resume_from_checkpoint="checkpoint-2"))
+    assert again.adapter.read_bytes() == (finished.output_dir / "adapter.safetensors").read_bytes()
 
 
 def test_runs_have_checkpoints_unless_somebody_says_otherwise(config: TrainingConfig) -> None:

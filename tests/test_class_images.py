@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,10 +20,12 @@ from training_runs import short_run
 
 from svft_diffusion.data.class_folder import drawing_alone, in_use, is_in_use
 from svft_diffusion.data.class_images import MANIFEST_FILE, ClassImageRecipe, class_pictures, given_class_pictures
+from svft_diffusion.data.photos import PhotoFolder
 from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.models import load_pipeline
 from svft_diffusion.training.checks import check
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.dry_run import dry_run
 from svft_diffusion.training.trainer import train
 
 RECIPE = ClassImageRecipe(
@@ -136,6 +139,46 @@ def test_drawing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     draw(tmp_path / "whole", Painter())
     for file in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "stopped" / file.name).read_bytes() == file.read_bytes()
+
+
+def picture_of_somebody(file: Path, colour: str = "purple") -> bytes:
+    Image.new("RGB", (9, 9), colour).save(file)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "drawn"])
+def test_pictures_with_names_like_ours_are_kept_and_count(tmp_path: Path, manifest: str | None) -> None:
+    if manifest == "drawn":  # by another recipe, whose pictures go
+        draw(tmp_path, Painter(), replace(RECIPE, seed=77), count=1)
+    elif manifest is not None:
+        (tmp_path / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+    theirs = tmp_path / "class-00001.png"
+    before = picture_of_somebody(theirs)
+    (tmp_path / "class-00003.png").write_bytes(b"no picture")
+    assert [photo.name for photo in given_class_pictures(tmp_path).photos] == ["class-00001.png"]
+    painter = Painter()
+    names = draw(tmp_path, painter, count=4)
+    assert names == ["class-00001.png", "class-00000.png", "class-00002.png", "class-00004.png"]
+    assert painter.seeds == [5, 7, 9] and theirs.read_bytes() == before
+    assert (tmp_path / "class-00003.png").read_bytes() == b"no picture"
+    assert draw(tmp_path, painter, count=4) == names and len(painter.seeds) == 3
+    draw(tmp_path, Painter(), replace(RECIPE, seed=88), count=4)
+    assert theirs.read_bytes() == before
+
+
+def test_a_picture_that_was_being_drawn_when_the_run_was_killed_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_half(image: Image.Image, file: Path, settings: dict[str, Any]) -> Path:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("svft_diffusion.data.class_images.save_png", save_half)
+        draw(tmp_path, Painter())
+    assert (tmp_path / "class-00000.png").is_file() and given_class_pictures(tmp_path) == PhotoFolder([], [])
+    painter = Painter()
+    assert len(draw(tmp_path, painter)) == 5 and painter.seeds == [5, 6, 7, 8, 9]
 
 
 def test_blanked_pictures_are_never_used(tmp_path: Path) -> None:
@@ -305,3 +348,40 @@ def test_locks_are_no_pictures(tmp_path: Path) -> None:
         assert found.photos == [] and found.skipped == []
         (tmp_path / "notes.txt").touch()
         assert [file.path.name for file in given_class_pictures(tmp_path).skipped] in ([], ["notes.txt"])
+
+
+def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(lock: object, **options: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(UserError, match=r"can't write class images to .* no file locks there"):
+        draw(tmp_path, Painter())
+
+
+def test_a_run_that_fails_before_its_steps_needs_nothing_any_more(
+    prior: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise UserError("no such optimizer")
+
+    monkeypatch.setattr("svft_diffusion.training.setup.make_optimizer", fail)
+    with pytest.raises(UserError, match="no such optimizer") as problem:
+        train(prior)
+    assert prior.class_data_dir is not None and (prior.class_data_dir / MANIFEST_FILE).is_file()
+    assert not list(prior.class_data_dir.glob("*.used"))
+    assert problem.value.__traceback__ is not None  # which holds all that was there
+
+
+def test_a_dry_run_leaves_no_open_file(prior: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows removes no folder with one."""
+    used: list[list[Path]] = []
+
+    class Noting(tempfile.TemporaryDirectory[str]):
+        def cleanup(self) -> None:
+            used.append(list(Path(self.name).rglob("*.used")))
+            super().cleanup()
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Noting)
+    dry_run(prior)
+    assert used and not any(used)

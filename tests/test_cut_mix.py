@@ -320,6 +320,7 @@ def test_other_families_train_on_mixed_pictures(subjects: Callable[..., Training
         ({"unmix_loss_weight": -1.0}, "--unmix_loss_weight must be"),
         ({"unmix_loss_weight": float("inf")}, "--unmix_loss_weight must be"),
         ({"torch_compile": True}, "--torch_compile"),
+        ({"cut_mix_probability": 1.0, "caption_dropout": 0.1}, "--caption_dropout has no effect"),
         ({"cut_mix_unmix": False}, "--cut_mix_prompt has no effect"),
         (
             {"cut_mix_prompt": "photo of a {left} on the left and a {right} on the right of it"},
@@ -336,7 +337,7 @@ def test_what_cannot_work_is_refused(
         if "pretrained_model_name_or_path" in changes:
             mixing = mixing_of(config, read_subjects(config)[0])
             assert mixing is not None
-            mixing.check_base(family_of(tiny_pipeline_flux()), [(24, 22)])
+            mixing.check_sizes(family_of(tiny_pipeline_flux()), [(24, 22)])
         else:
             train(replace(config, **changes))
     assert "\n" not in str(refused.value)

@@ -102,6 +102,21 @@ def test_values_go_with_their_flag() -> None:
     ]
 
 
+def test_what_does_not_belong_to_a_flag_without_effect_is_not_swallowed(
+    config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = set_apart(["--set_grads_to_none", "photos", "--local_rank", "-1", "oops", "--pad_tokens=True"])
+    assert found.problems == ["unknown argument photos", "unknown argument oops"] and len(found.notes) == 3
+    with pytest.raises(SystemExit):
+        run_command("train", [*arguments(config), "--skip_final_inference", "photos"])
+    assert "unknown argument photos" in capsys.readouterr().err
+
+
+def test_share_of_one_is_not_told_to_be_a_step() -> None:
+    advice = INSTEAD["train_text_encoder_frac"]
+    assert "below 1" in advice and "leave it out" in advice  # diffusers' default is 1: all steps
+
+
 @pytest.mark.parametrize(("name", "told"), [("lora_alpha", "strength"), ("set_grads_to_none", "always so")])
 def test_settings_files_are_told_the_same(
     config: TrainingConfig, tmp_path: Path, name: str, told: str, capsys: pytest.CaptureFixture[str]
@@ -155,6 +170,11 @@ def test_vaes_that_do_not_fit_are_refused_in_one_line(config: TrainingConfig, tm
     tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=r"8 channels, 2 times smaller .* have 4"):
         load_pipeline(config.pretrained_model_name_or_path, vae=str(tmp_path / "vae"))
+    for changes in ({"scaling_factor": 0.13025}, {"shift_factor": 0.1}):  # as of another family of bases
+        tiny_vae(**changes).save_pretrained(tmp_path / "scaled")
+        with pytest.raises(UserError, match="of another kind of base model") as refusal:
+            load_pipeline(config.pretrained_model_name_or_path, vae=str(tmp_path / "scaled"))
+        assert "\n" not in str(refusal.value)
     (tmp_path / "vae" / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="the VAE vae") as refusal:
         load_pipeline(config.pretrained_model_name_or_path, vae=str(tmp_path / "vae"))

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,13 @@ from svft_diffusion.adapters.config import SpectralConfig
 from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.adapters.training import adapter_state
 from svft_diffusion.cli.main import main
-from svft_diffusion.errors import UserError
+from svft_diffusion.errors import Interrupted, UserError
+from svft_diffusion.training import self_check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.sharding import check_launch, shard_denoiser, shares_in_words
+from svft_diffusion.training.status import DRAWING_CLASS_IMAGES, ENCODING_PICTURES
+from svft_diffusion.training.trainer import _Watch
+from svft_diffusion.training.validation import samples_missing
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
@@ -176,6 +182,40 @@ def test_accelerate_reads_the_configs(file: Path) -> None:
     assert dict(getattr(read, "fsdp_config", None) or {}) == content.get("fsdp_config", {})
 
 
+def _one_of_two(**parts: Any) -> Any:
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), reduce=lambda tensor, how: tensor, gather=lambda tensor: torch.tensor([1, 0])
+    )
+    pipeline = SimpleNamespace(components={"unet": nn.Linear(1, 1)})
+    pipeline.components["unet"].dtype = torch.float32
+    return SimpleNamespace(
+        accelerator=accelerator, family=SimpleNamespace(pipeline=pipeline), models=pipeline.components,
+        resting=SimpleNamespace(awake=nullcontext), averaged_values=nullcontext, **parts,
+    )  # fmt: skip
+
+
+def test_a_process_that_can_not_draw_does_not_leave_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(self_check, "_draw", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        self_check.check_file(_one_of_two(is_sharded=True), Path("a.safetensors"))
+    assert "no memory left" in self_check.check_file(_one_of_two(is_sharded=False), Path("a.safetensors"))
+    monkeypatch.setattr(self_check, "_draw", lambda *given: 0)
+    monkeypatch.setattr(self_check, "_loaded", fail)  # which all of them hear of
+    said = self_check.check_file(_one_of_two(is_sharded=True), Path("a.safetensors"))
+    assert said == "warning: a.safetensors was not tried in a fresh base model: no memory left"
+
+
+def test_the_first_process_says_whether_samples_are_missing(tmp_path: Path) -> None:
+    """Another machine may not see them yet."""
+    config = replace(TrainingConfig(), output_dir=tmp_path)
+    given = {"config": config, "draws_samples": lambda step: False, "total_steps": 4}
+    assert samples_missing(_one_of_two(is_sharded=True, **given), 2)
+    assert not samples_missing(_one_of_two(is_sharded=False, **given), 2)
+
+
 def in_two_processes(config: TrainingConfig, *, sharded: bool, **changes: Any) -> Path:
     """A run of two processes on this CPU; accelerate's launcher itself leaves FSDP out where there is no GPU."""
     environment = {
@@ -206,3 +246,17 @@ def test_two_processes_that_share_a_denoiser(tmp_path: Path) -> None:
     in_two_processes(replace(parted, max_train_steps=2), sharded=True)
     in_two_processes(parted, sharded=True, resume_from_checkpoint="latest")
     assert (parted.output_dir / "adapter.safetensors").read_bytes() == (shared / "adapter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("first", "state"), [(True, ENCODING_PICTURES), (False, DRAWING_CLASS_IMAGES)])
+def test_no_process_ends_alone(first: bool, state: str, tmp_path: Path) -> None:
+    """A stop file that only this one has seen yet ends all of them at the next step; the others would wait for it."""
+    accelerator: Any = SimpleNamespace(num_processes=2, is_main_process=first)
+    watch = _Watch(accelerator, tmp_path)
+    (tmp_path / "stop").touch()
+    watch.progress(state)
+    with pytest.raises(Interrupted):
+        watch.interruption.check()
+    if first:
+        with pytest.raises(Interrupted):  # which tells the others
+            watch.progress(DRAWING_CLASS_IMAGES)

@@ -205,7 +205,7 @@ def test_without_ray(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", "3"])
 def test_ray(world: World, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
     rows = [*ROWS[:3], {"name": "bad", "learning_rate": 1e30, "max_grad_norm": 1e30, "init": "random"}]

@@ -65,7 +65,8 @@ INSTEAD = {
     "freeze_model": "use --targets cross-attention, or --target_layers attn2.to_k,attn2.to_v",
     "modifier_token": "use --train_text_encoder_ti with --token_abstraction, the word that stands for the new tokens",
     "initializer_token": "use --initializer_concept, with --train_text_encoder_ti",
-    "train_text_encoder_frac": "use --train_text_encoder --stop_text_encoder_training, which takes shares, too",
+    "train_text_encoder_frac": "use --train_text_encoder; with a share below 1, add --stop_text_encoder_training and "
+    "the share, else leave it out",
     "save_sample_prompt": "use --validation_prompt",
     "save_sample_negative_prompt": "samples are drawn without a negative prompt; leave it out",
     "n_save_sample": "use --num_validation_images",
@@ -78,9 +79,9 @@ INSTEAD = {
     "enable_token_merging": "there is no token merging; leave it out",
 }
 
-# What changes nothing, with the values of which that is true (any, if there are none).
-WITHOUT_EFFECT: dict[str, tuple[tuple[str, ...], str]] = {
-    "local_rank": ((), "the launcher says it in the environment"),
+# What changes nothing, with the values of which that is true; None: any. Flags that list none take no value.
+WITHOUT_EFFECT: dict[str, tuple[tuple[str, ...] | None, str]] = {
+    "local_rank": (None, "the launcher says it in the environment"),
     "set_grads_to_none": ((), "it is always so"),
     "pre_compute_text_embeddings": ((), "prompts are encoded once wherever the text encoder does not train"),
     "skip_save_text_encoder": ((), "an adapter file holds what was trained, never the text encoder itself"),
@@ -109,9 +110,11 @@ def set_apart(arguments: Sequence[str]) -> SortedArguments:
         if not flag.startswith("--") or name not in INSTEAD | WITHOUT_EFFECT:
             ours += [part.lower() for part in (flag, *values)] if name in _CASELESS else [flag, *values]
             continue
-        given = [value] if equals else values
         if name in WITHOUT_EFFECT:
             harmless, reason = WITHOUT_EFFECT[name]
+            taken = 0 if equals or harmless == () else 1
+            problems += [f"unknown argument {stray}" for stray in values[taken:]]
+            given = [value] if equals else values[:taken]
             if not harmless or all(value in harmless for value in given):
                 notes.append(f"--{name} has no effect: {reason}")
             else:

@@ -40,7 +40,8 @@ in --config, {name} is the name of the row: --instance_prompt "a photo of sks {n
 
 The same command again goes on: finished rows are skipped, others resumed. Start it by accelerate launch, or several
 times at once, and each process takes rows that no other has; --engine ray spreads them over machines.
-The exit code is 0 if every row is finished, 1 if some are not, 2 if nothing was begun.
+The exit code is 0 if every row is finished or was stopped by a file in its folder, 1 if some are not, 2 if something
+is wrong with the list or the base model.
 """
 _EPILOG = """examples:
   svft-diffusion train-many subjects.yaml --output_dir outputs/subjects --max_train_steps 500
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     both.
 
     Raises:
-        SystemExit: with 1, if a row failed or was refused.
+        SystemExit: with 1, if a row failed, was refused or is left.
     """
     options = _parser().parse_args(argv)
     shared = (read_settings(options.config) if options.config else {}) | given_settings(TrainingConfig, options)

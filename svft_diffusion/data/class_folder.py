@@ -25,6 +25,9 @@ def drawing_alone(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
     Args:
         on_wait: called again and again while another does; what it raises ends the waiting.
+
+    Raises:
+        OSError: files can't be locked there.
     """
     lock = FileLock(folder / _DRAWING)
     while True:
@@ -33,6 +36,8 @@ def drawing_alone(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             break
         except Timeout:
             on_wait()
+        except NotImplementedError as problem:
+            raise OSError(f"no file locks there ({problem})") from problem
     try:
         yield
     finally:

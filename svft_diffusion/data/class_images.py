@@ -2,13 +2,15 @@
 
 Picture ``i`` is drawn with seed ``seed + i`` and prompt ``i`` of the list, taken round and round. A manifest beside
 the pictures says what made them: when any of it changes, or a file did, they are drawn again, and an interrupted run
-goes on where it stopped. Runs with the same recipe share a folder.
+goes on where it stopped. Files that it does not list are somebody's, whatever they are called: they are given pictures,
+and none is drawn over them. Runs with the same recipe share a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -31,7 +33,7 @@ from svft_diffusion.sampling.png import save_png
 
 MANIFEST_FILE = "class_images.json"
 _MANIFEST = re.compile(re.escape(MANIFEST_FILE))
-_DRAWN_FILE = re.compile(r"class-\d{5}\.png")
+_UNFINISHED = ""  # in place of a digest
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,19 @@ class ClassImageRecipe:
 
 @dataclass
 class _Manifest:
-    """Which pictures are finished, and by which recipe."""
+    """Which pictures are ours, which of them are finished, and by which recipe."""
 
     recipe: dict[str, Any]
-    drawn: dict[str, str]  # number of the picture -> SHA-256 of its file
+    drawn: dict[str, str]  # number of the picture -> SHA-256 of its file; listed before there is a file
     withheld: list[int]  # numbers of those that the base model's safety checker blanked
 
-    def has(self, index: int) -> bool:
-        return str(index) in self.drawn or index in self.withheld
+    @property
+    def files(self) -> set[str]:
+        """Their names."""
+        return {_file_name(int(index)) for index in self.drawn}
+
+    def is_whole(self, index: int) -> bool:
+        return self.drawn.get(str(index), _UNFINISHED) != _UNFINISHED
 
 
 def read_class_prompts(file: Path) -> list[str]:
@@ -85,19 +92,24 @@ def given_class_pictures(folder: Path) -> PhotoFolder:
     """The pictures that somebody else put into the class folder; an empty or missing folder is fine."""
     if not folder.is_dir():
         return PhotoFolder([], [])
-    if all(_is_ours(path) for path in folder.iterdir()):
+    names = {path.name for path in folder.iterdir()}
+    ours = _names_of_ours(folder, names)  # read later: another run lists what it draws before there is a file
+    if names <= ours:
         return PhotoFolder([], [])
     try:
         found = scan_photos(folder)
     except UserError:
         return PhotoFolder([], [])
-    own = [photo for photo in found.photos if not _DRAWN_FILE.fullmatch(photo.name)]
-    skipped = [file for file in found.skipped if not _is_ours(file.path) and file.path.name != METADATA_FILE]
+    own = [photo for photo in found.photos if photo.name in names - ours]
+    skipped = [file for file in found.skipped if file.path.name in names - ours - {METADATA_FILE}]
     return PhotoFolder(own, skipped)
 
 
-def _is_ours(path: Path) -> bool:
-    return any(name.fullmatch(path.name) for name in (_DRAWN_FILE, _MANIFEST, LOCK_FILE))
+def _names_of_ours(folder: Path, names: set[str]) -> set[str]:
+    """Those of the files in ``folder`` that a run drew or wrote for its own use."""
+    manifest = _read_manifest(folder)
+    drawn = set() if manifest is None else manifest.files
+    return {name for name in names if name in drawn or _MANIFEST.fullmatch(name) or LOCK_FILE.fullmatch(name)}
 
 
 def class_pictures(
@@ -130,8 +142,7 @@ def class_pictures(
     found = given_class_pictures(folder)
     captions = read_captions(folder, found, caption_source, required=False)
     given = pictures_with_prompts(found, recipe.prompts[0], captions, subject)
-    wanted = list(range(max(0, count - len(given))))
-    if not wanted:
+    if len(given) >= count:
         return given
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,18 +150,27 @@ def class_pictures(
             manifest = _matching_manifest(folder, recipe)
             if users is not None:
                 users.enter_context(in_use(folder))
-            missing = [index for index in wanted if not manifest.has(index)]
+            wanted = _free_numbers(folder, manifest, count - len(given))
+            missing = [index for index in wanted if not (manifest.is_whole(index) or index in manifest.withheld)]
             _draw(pipeline, folder, recipe, manifest, missing, batch_size, on_progress)
     except OSError as problem:  # of the folder, or of a file that can't be removed
         raise UserError(f"can't write class images to {folder}: {problem.strerror or problem}") from problem
     drawn = [
         Picture(folder / _file_name(index), recipe.prompt(index), subject)
         for index in wanted
-        if str(index) in manifest.drawn
+        if manifest.is_whole(index)
     ]
     if not given and not drawn:
         raise UserError("the base model's safety checker blanked every class image; use another --class_prompt")
     return given + drawn
+
+
+def _free_numbers(folder: Path, manifest: _Manifest, count: int) -> list[int]:
+    """The first numbers of pictures whose files nobody else has put there."""
+    ours = manifest.files
+    # Some file systems don't tell capitals from others.
+    taken = {path.name.casefold() for path in folder.iterdir() if path.name not in ours}
+    return list(itertools.islice((index for index in itertools.count() if _file_name(index) not in taken), count))
 
 
 def _draw(
@@ -169,6 +189,8 @@ def _draw(
     pipeline.set_progress_bar_config(disable=True)
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     for indices in tqdm(batches, desc="class images", unit="batch", disable=not batches):
+        manifest.drawn |= dict.fromkeys(map(str, indices), _UNFINISHED)
+        _write_manifest(folder, manifest)
         result = pipeline(
             prompt=[recipe.prompt(index) for index in indices],
             height=recipe.resolution,
@@ -182,6 +204,7 @@ def _draw(
         for index, image, withheld in zip(indices, result.images, blanked, strict=True):
             if withheld:
                 manifest.withheld.append(index)
+                del manifest.drawn[str(index)]
                 continue
             settings = {"prompt": recipe.prompt(index), "seed": recipe.seed + index, "base_model": recipe.base_model}
             file = save_png(image, folder / _file_name(index), settings)
@@ -189,30 +212,36 @@ def _draw(
         _write_manifest(folder, manifest)
 
 
+def _read_manifest(folder: Path) -> _Manifest | None:
+    """The folder's manifest; None if there is none, or it is damaged."""
+    try:
+        manifest = _Manifest(**json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
+        drawn = {str(int(index)): str(digest) for index, digest in manifest.drawn.items()}
+        return _Manifest(manifest.recipe, drawn, [int(index) for index in manifest.withheld])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def _matching_manifest(folder: Path, recipe: ClassImageRecipe) -> _Manifest:
     """The folder's manifest if this recipe made its pictures; else a new one, the old drawings removed."""
     # As it will be read again: JSON knows no tuples.
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    try:
-        manifest = _Manifest(**json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
-        if not isinstance(manifest.drawn, dict):
-            raise TypeError("no manifest of ours")
-        files = {index: folder / _file_name(int(index)) for index in manifest.drawn}
-        withheld = [int(index) for index in manifest.withheld]
-        recipe_of_files = manifest.recipe
-    except (OSError, ValueError, TypeError, RecursionError):
+    manifest = _read_manifest(folder)
+    if manifest is None:
         return _Manifest(wanted, {}, [])
-    if recipe_of_files != wanted:
-        if files and is_in_use(folder):
+    if manifest.recipe != wanted:
+        if manifest.drawn and is_in_use(folder):
             raise UserError(
                 f"another run needs the class images in {folder}, which were drawn with other settings: choose another "
                 "--class_data_dir, or wait until it is over"
             )
-        for file in files.values():
-            file.unlink(missing_ok=True)
+        for name in manifest.files:
+            (folder / name).unlink(missing_ok=True)
         return _Manifest(wanted, {}, [])
-    whole = {index: manifest.drawn[index] for index, file in files.items() if _digest(file) == manifest.drawn[index]}
-    return _Manifest(wanted, whole, withheld)
+    for index, digest in manifest.drawn.items():
+        if _digest(folder / _file_name(int(index))) != digest:
+            manifest.drawn[index] = _UNFINISHED
+    return manifest
 
 
 def _write_manifest(folder: Path, manifest: _Manifest) -> None:

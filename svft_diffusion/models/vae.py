@@ -36,7 +36,7 @@ def use_vae(pipeline: DiffusionPipeline, name: str, *, dtype: torch.dtype, local
     """Put the VAE that `resolve_vae` finds into a pipeline.
 
     Raises:
-        UserError: its latents are of another size or have other channels than the pipeline's.
+        UserError: its latents are of another size, scale or number of channels than the pipeline's.
         OSError, ValueError, RuntimeError: it can't be loaded.
     """
     source, inside = resolve_vae(name)
@@ -49,7 +49,17 @@ def use_vae(pipeline: DiffusionPipeline, name: str, *, dtype: torch.dtype, local
             f"the VAE {name} makes latents of {found[0]} channels, {found[1]} times smaller than the picture; those of "
             f"this base model have {wanted[0]}, and are {wanted[1]} times smaller"
         )
+    if _scale_of_latents(pipeline.vae) != _scale_of_latents(vae):
+        raise UserError(
+            f"the VAE {name} is of another kind of base model: its latents have another scale (scaling_factor, "
+            "shift_factor), so that this base would not know what they show"
+        )
     pipeline.register_modules(vae=vae)
+
+
+def _scale_of_latents(vae: AutoencoderKL) -> tuple[float, float]:
+    """By which latents are multiplied, after so much was taken from them."""
+    return vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
 
 def _shape_of_latents(vae: AutoencoderKL) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from svft_diffusion.settings import config_to_mapping
 from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checkpoints import last_good_checkpoint
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 from svft_diffusion.training.status import reason_in_one_line
 
 FAILURE_FILE = "failure_report.json"
@@ -48,7 +48,7 @@ def write_failure_report(run: Run, error: BaseException, last_losses: Sequence[f
 def _settings_without_folders(config: TrainingConfig) -> dict[str, object]:
     plain = config_to_mapping(config)
     paths = {name for name, value in vars(config).items() if isinstance(value, PurePath)}
-    paths.add("pretrained_model_name_or_path")
+    paths |= {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"}
     return {
         name: PurePath(str(plain[name])).name if name in paths and PurePath(str(plain[name])).is_absolute() else value
         for name, value in saved_settings(config).items()

@@ -52,8 +52,8 @@ class Mixing:
         """Of all mixed samples."""
         return list(dict.fromkeys([*self.instance_prompts.values(), *self.class_prompts.values()]))
 
-    def check_base(self, family: ModelFamily, sizes: Sequence[Size]) -> None:
-        """Raise `UserError` if a base model can't encode the halves, or doesn't read the prompts to their end."""
+    def check_sizes(self, family: ModelFamily, sizes: Sequence[Size]) -> None:
+        """Raise `UserError` if a base model can't encode halves of pictures of these sizes."""
         multiple = 2 * family.pixel_multiple
         for _, width in sizes:
             if width % multiple:
@@ -61,6 +61,9 @@ class Mixing:
                     f"--cut_mix_unmix cuts pictures in halves: widths must be multiples of {multiple} with this base, "
                     f"got {width}"
                 )
+
+    def check_prompts(self, family: ModelFamily) -> None:
+        """Raise `UserError` if a base model doesn't read the prompts to their end; it must know new tokens by then."""
         for prompt in self.prompts:
             if lost := family.truncated_text(prompt):
                 raise UserError(

@@ -36,12 +36,15 @@ class MixingSettings:
         return self.cut_mix_unmix and self.unmix_loss_weight > 0
 
 
-def check_mixing_settings(settings: MixingSettings, *, several_subjects: bool, torch_compile: bool) -> None:
+def check_mixing_settings(
+    settings: MixingSettings, *, several_subjects: bool, torch_compile: bool, caption_dropout: float
+) -> None:
     """Check the settings of Cut-Mix-Unmix without looking at any picture.
 
     Args:
         several_subjects: whether there is a list of subjects.
         torch_compile: whether the denoiser is compiled.
+        caption_dropout: share of the samples of one subject without a prompt.
 
     Raises:
         UserError: values or combinations that can't work.
@@ -58,6 +61,11 @@ def check_mixing_settings(settings: MixingSettings, *, several_subjects: bool, t
         raise UserError(
             f"--cut_mix_probability must be above 0 and at most 1, got {settings.cut_mix_probability:g}; without "
             "--cut_mix_unmix nothing is mixed"
+        )
+    if settings.cut_mix_probability == 1 and caption_dropout:
+        raise UserError(
+            "--caption_dropout has no effect with --cut_mix_probability 1: it is for photos of one subject; lower that "
+            "or leave this out"
         )
     if not (math.isfinite(settings.unmix_loss_weight) and settings.unmix_loss_weight >= 0):
         raise UserError(f"--unmix_loss_weight must be a finite number, 0 or more, got {settings.unmix_loss_weight:g}")

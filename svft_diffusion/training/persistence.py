@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from svft_diffusion.models import base_display_name
 from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checkpoints import load_checkpoint_state, save_checkpoint, step_of
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.setup import ADAPTER_NAME, Run
+from svft_diffusion.training.defaults import resolve_defaults
+from svft_diffusion.training.run import ADAPTER_NAME, Run
 from svft_diffusion.training.subjects import Subject
 from svft_diffusion.training.thumbnail import jpeg_thumbnail
 from svft_diffusion.training.token_words import trigger_and_class
@@ -51,6 +52,7 @@ _SETTINGS_OF_CHECKPOINT = (
     "random_flip", "image_interpolation_mode", "masked_loss", "unmasked_weight", "caption_dropout",
     "base_quantization",
 )  # fmt: skip
+_TOKEN_STEPS = "token_steps"  # beside them: of `train_text_encoder_ti_frac`
 
 
 def save_result(run: Run, path: Path, samples: Sequence[Path] = (), *, finished_steps: int | None = None) -> None:
@@ -123,7 +125,35 @@ def save_run(run: Run, step: int) -> None:
 
 def _settings_to_share(run: Run) -> dict[str, object]:
     """What a checkpoint and the run that goes on from it must have in common."""
-    return {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT} | {"token_steps": run.token_steps}
+    return {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT} | {_TOKEN_STEPS: run.token_steps}
+
+
+def _check_settings(run: Run, checkpoint: str, saved: Mapping[str, object]) -> None:
+    """Raise `UserError` if a run can't go on from a checkpoint with other settings than its own.
+
+    A checkpoint that lacks one is of a version before there was the setting: then it had what is now the default.
+    """
+    for name, value in _settings_to_share(run).items():
+        if name not in saved:
+            default = _default_setting(run, name)
+            if value != default:
+                raise UserError(
+                    f"{checkpoint} was written by another version of this program, without {name}, so that only its "
+                    f"default {default} can be gone on with, not {value}"
+                )
+        elif saved[name] != value:
+            raise UserError(
+                f"{checkpoint} was trained with {name}={saved[name]}, now it is {value}: resume with the same, or "
+                "start a new run in another --output_dir"
+            )
+
+
+def _default_setting(run: Run, name: str) -> object:
+    """What `_settings_to_share` says of a setting that nobody gave, with all others as they are."""
+    if name == _TOKEN_STEPS:
+        return None
+    plain = replace(run.config, **{name: getattr(TrainingConfig(), name)})
+    return getattr(resolve_defaults(plain, run.family, len(run.streams[0].pictures), run.accelerator), name)
 
 
 def _picture_names(run: Run) -> dict[str, list[str]]:
@@ -137,14 +167,7 @@ def resume(run: Run, checkpoint: Path) -> int:
         UserError: the checkpoint is damaged, of another adapter or base, or already past the end.
     """
     state = load_checkpoint_state(checkpoint)
-    for name, value in _settings_to_share(run).items():
-        if name not in state["settings"]:
-            raise UserError(f"{checkpoint.name} was written by another version of this program, without {name}")
-        if state["settings"][name] != value:
-            raise UserError(
-                f"{checkpoint.name} was trained with {name}={state['settings'][name]}, now it is "
-                f"{value}: resume with the same, or start a new run in another --output_dir"
-            )
+    _check_settings(run, checkpoint.name, state["settings"])
     step = step_of(checkpoint)
     if step > run.total_steps:
         raise UserError(f"{checkpoint.name} is past --max_train_steps {run.total_steps}; ask for more steps")

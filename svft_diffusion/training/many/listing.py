@@ -106,7 +106,7 @@ def _items(source: Path, output_dir: Path) -> list[Any]:
         raise UserError(f"can't read the list {source}: {reason}") from None
     try:
         if source.suffix.lower() == ".jsonl":
-            listed = [json.loads(line) for line in text.splitlines() if line.strip()]
+            listed = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             listed = yaml.safe_load(text)  # every JSON text is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as problem:

@@ -5,6 +5,7 @@ All of them read and write the same folders under the same paths, and claim rows
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -18,7 +19,9 @@ from svft_diffusion.training.interruption import STOP_FILE, Interruption
 from svft_diffusion.training.many.listing import Row
 from svft_diffusion.training.many.record import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED
 from svft_diffusion.training.many.report import Report
-from svft_diffusion.training.many.worker import Job, StopFile, Worker
+from svft_diffusion.training.many.stop_file import StopFile
+from svft_diffusion.training.many.worker import Job, Worker
+from svft_diffusion.training.status import reason_in_one_line
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _RETRIES = 1  # of a row whose worker died: the next goes on from its checkpoint
@@ -42,6 +45,10 @@ class RowTrainer:
         self._stop = stop
         self._messages: list[str] = []
         self._worker = Worker(job, say=self._messages.append, quiet=True)
+
+    def ready(self) -> bool:
+        """Answered once there is a process."""
+        return True
 
     def train(self, index: int) -> Outcome:
         """Train one row."""
@@ -76,9 +83,9 @@ def train_with_ray(job: Job, *, address: str | None, workers: int | None) -> Rep
         raise UserError(f"no Ray cluster at {where}: {' '.join(str(problem).split())}") from problem
     watch = Worker(job)
     try:
-        stop = StopFile(job.output_dir)
+        stop = watch.stop_file()
         with Interruption(None, stop.asked) as interruption:
-            _Driver(ray, job, stop, interruption, workers).run()
+            _Driver(ray, watch, stop, interruption, workers).run()
     except BaseException as end:
         watch.report(STOPPED if isinstance(end, KeyboardInterrupt) else FAILED)
         raise
@@ -88,11 +95,18 @@ def train_with_ray(job: Job, *, address: str | None, workers: int | None) -> Rep
 
 
 class _Driver:
-    """Hands a row to each actor that has none, until all rows are settled."""
+    """Hands a row to each actor that lives and has none, until all rows are settled.
 
-    def __init__(self, ray: Any, job: Job, stop: StopFile, interruption: Interruption, workers: int | None) -> None:
+    Actors for which no machine has room, since others use the cluster too, get no row.
+    """
+
+    def __init__(
+        self, ray: Any, watch: Worker, stop: StopFile, interruption: Interruption, workers: int | None
+    ) -> None:
+        job = watch.job
         self._ray = ray
         self._job = job
+        self._watch = watch
         self._stop = stop
         self._interruption = interruption
         self._queue = deque(range(len(job.rows)))
@@ -104,7 +118,9 @@ class _Driver:
             scheduling_strategy="SPREAD",
             **resources,
         )
-        self._idle = [actor.remote(job, stop, os.getcwd()) for _ in range(number)]
+        actors = [actor.remote(job, stop, os.getcwd()) for _ in range(number)]
+        self._starting = {started.ready.remote(): started for started in actors}  # future -> actor
+        self._idle: list[Any] = []
         print(f"ray: {number} at a time, each with {', '.join(f'{name} {n:g}' for name, n in resources.items())}")
 
     def run(self) -> None:
@@ -121,8 +137,11 @@ class _Driver:
             raise
 
     def _hear(self) -> None:
-        done, _ = self._ray.wait(list(self._at_work), timeout=_SECONDS_BETWEEN_LOOKS)
+        done, _ = self._ray.wait([*self._at_work, *self._starting], timeout=_SECONDS_BETWEEN_LOOKS)
         for future in done:
+            if future in self._starting:
+                self._welcome(future)
+                continue
             actor, index = self._at_work.pop(future)
             row = self._job.rows[index]
             self._idle.append(actor)
@@ -140,12 +159,25 @@ class _Driver:
             if self._job.stop_on_error and outcome.state in (FAILED, REFUSED):
                 self._queue.clear()
 
+    def _welcome(self, future: Any) -> None:
+        actor = self._starting.pop(future)
+        try:
+            self._ray.get(future)
+        except self._ray.exceptions.RayError as problem:
+            if not (self._starting or self._idle or self._at_work):
+                raise UserError(f"no worker of Ray could start: {' '.join(str(problem).split())}") from problem
+        else:
+            self._idle.append(actor)
+
     def _outcome(self, future: Any, row: Row) -> Outcome:
         try:
             outcome: Outcome = self._ray.get(future)
         except self._ray.exceptions.RayError as problem:
-            reason = f"its worker died again and again ({type(problem).__name__})"
-            Worker(self._job).give_up(row, reason)
+            if isinstance(problem, self._ray.exceptions.RayTaskError):
+                reason = reason_in_one_line(problem.cause)
+            else:
+                reason = f"its worker died again and again ({type(problem).__name__})"
+            self._watch.give_up(row, reason)
             return Outcome(FAILED, [f"{row}: {FAILED}: {reason}"])
         return outcome
 
@@ -167,8 +199,9 @@ def _share(ray: Any, workers: int | None, rows: int) -> tuple[int, dict[str, flo
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     number = min(rows, workers or gpus or len(nodes))
     on_a_node = -(-number // len(nodes))
-    threads = max(1, int(min(node.get("CPU", 1) for node in nodes)) // on_a_node)
-    resources: dict[str, float] = {"num_cpus": threads}
+    cpus = min(node.get("CPU", 1.0) for node in nodes) / on_a_node
+    resources: dict[str, float] = {"num_cpus": int(cpus) if cpus >= 1 else math.floor(100 * cpus) / 100}
     if gpus:
-        resources["num_gpus"] = min(1.0, gpus / number)
+        on_a_gpu = -(-number // gpus)  # no worker has parts of two
+        resources["num_gpus"] = math.floor(100 / on_a_gpu) / 100
     return number, resources

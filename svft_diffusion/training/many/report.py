@@ -24,7 +24,7 @@ from svft_diffusion.markdown import plain, table
 from svft_diffusion.sampling.grid import labelled_grid
 from svft_diffusion.terminal import printable
 from svft_diffusion.training.many.listing import Row
-from svft_diffusion.training.many.record import FAILED, FINISHED, REFUSED, STOPPED, TRAINING, Record
+from svft_diffusion.training.many.record import FINISHED, STOPPED, TRAINING, Record
 from svft_diffusion.training.status import STATUS_FILE
 
 REPORT_JSON, REPORT_MARKDOWN, REPORT_PICTURE = "report.json", "report.md", "report.png"
@@ -234,5 +234,5 @@ def write_status(output_dir: Path, states: Sequence[tuple[str, str]], *, state: 
 
 
 def exit_code_of(report: Report) -> int:
-    """1 if a row failed or was refused; what was stopped on request is no failure."""
-    return 1 if any(report.states.get(state) for state in (FAILED, REFUSED)) else 0
+    """1 if a row is not finished; what was stopped on request is no failure."""
+    return 0 if report.states.keys() <= {FINISHED, STOPPED} else 1

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from svft_diffusion.adapters import unload_adapter
 from svft_diffusion.errors import UserError
+from svft_diffusion.training.base import is_base_for, load_base
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.setup import ADAPTER_NAME, load_base
+from svft_diffusion.training.run import ADAPTER_NAME
 
 _COUNTED_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,7 +32,8 @@ class SharedBase:
 
     Attributes:
         seconds: that loading has taken, all times together.
-        times_loaded: more than once only where a run left something that could not be undone.
+        times_loaded: more than once only where a run left something that could not be undone, or adapts quantized
+            layers whose full weights were not kept.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,8 @@ class SharedBase:
         Raises:
             BaseUnavailable: it can't be loaded.
         """
+        if self._pipeline is not None and not is_base_for(config, self._pipeline):
+            self._pipeline = self._before = None
         if self._pipeline is None:
             started = time.perf_counter()
             try:

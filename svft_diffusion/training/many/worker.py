@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from svft_diffusion.files.training_folder import METRICS_FILE
 from svft_diffusion.training.checkpoints import existing_checkpoints, remove_leftovers
 from svft_diffusion.training.checks import check, check_nothing_is_overwritten
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.interruption import STOP_FILE, Interruption
+from svft_diffusion.training.interruption import Interruption
 from svft_diffusion.training.many.folders import SharedFolders
 from svft_diffusion.training.many.listing import Row
 from svft_diffusion.training.many.record import (
@@ -36,11 +37,14 @@ from svft_diffusion.training.many.record import (
 )
 from svft_diffusion.training.many.report import Report, make_report, write_report, write_status
 from svft_diffusion.training.many.shared_base import BaseUnavailable, SharedBase
+from svft_diffusion.training.many.stop_file import StopFile
 from svft_diffusion.training.metrics import read_metrics
 from svft_diffusion.training.status import reason_in_one_line
 from svft_diffusion.training.trainer import StepReport, train
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_TRIES = 0.02
+_LONGEST_LOOK = 10.0  # seconds, at a row whose photos are many
 _SETTLED = (FINISHED, FAILED, STOPPED, REFUSED)
 
 
@@ -52,30 +56,6 @@ class Job:
     output_dir: Path
     origin: Path  # the folder of the list
     stop_on_error: bool = False
-
-
-class StopFile:
-    """The file ``stop`` in the output folder of all rows, from its making on.
-
-    One that was there before is removed: it was meant for an earlier start. By the time of files in that folder, which
-    may be another machine's.
-    """
-
-    def __init__(self, output_dir: Path) -> None:
-        self._file = output_dir / STOP_FILE
-        probe = output_dir / f".started-{os.getpid()}"
-        probe.touch()
-        self._started = probe.stat().st_mtime_ns
-        probe.unlink()
-        if not self.asked():
-            self._file.unlink(missing_ok=True)
-
-    def asked(self) -> bool:
-        """Whether somebody has made it since."""
-        try:
-            return self._file.stat().st_mtime_ns >= self._started
-        except OSError:
-            return False
 
 
 class Worker:
@@ -106,7 +86,7 @@ class Worker:
         folders = SharedFolders()
         for row in self.job.rows:
             there = row.config.output_dir.exists()
-            claim = self._claims.claim(row.name) if there else contextlib.nullcontext()
+            claim = self._claim_to_check(row) if there else contextlib.nullcontext()
             if claim is None:
                 continue
             with claim:
@@ -119,6 +99,16 @@ class Worker:
                 except UserError as problem:
                     problems.append(f"{row}: {problem}")
         return problems + folders.problems()
+
+    def _claim_to_check(self, row: Row) -> AbstractContextManager[object] | None:
+        """A claim; None if another process trains the row, rather than looking at it for a moment as this one does."""
+        deadline = time.monotonic() + _LONGEST_LOOK
+        while (claim := self._claims.claim(row.name)) is None:
+            record = read_record(row.config.output_dir)
+            if (record is not None and record.state == TRAINING) or time.monotonic() > deadline:
+                return None
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+        return claim
 
     def state_of(self, row: Row) -> tuple[str, str | None, Record | None]:
         """State, its reason, and the record. Rows that failed in an earlier start wait to be tried again."""
@@ -149,7 +139,7 @@ class Worker:
             Interrupted: somebody asked for an end; the running row is saved.
             UserError: the base model can't be loaded, or the output folder can't be written.
         """
-        stop = StopFile(self.job.output_dir)
+        stop = self.stop_file()
         try:
             with Interruption(None, stop.asked) as interruption:
                 self._work(interruption, stop)
@@ -157,6 +147,13 @@ class Worker:
             self.report(STOPPED if isinstance(end, KeyboardInterrupt) else FAILED)
             raise
         return self.report(FINISHED)
+
+    def stop_file(self) -> StopFile:
+        """Requests to end from now on. Older ones go, but for those that other processes may be yet to see."""
+        stop = StopFile(self.job.output_dir)
+        if all(self._claims.is_free(row.name) for row in self.job.rows):
+            stop.forget_old()
+        return stop
 
     def _work(self, interruption: Interruption, stop: StopFile) -> None:
         waiting = self.job.rows
@@ -167,12 +164,16 @@ class Worker:
                 state = self.take(row, stop.asked)
                 if state is None:
                     others.append(row)
-                elif self.job.stop_on_error and state in (FAILED, REFUSED):
+                if self.job.stop_on_error and (state in (FAILED, REFUSED) or self._some_row_failed()):
                     self._say("the other rows are left as they are, because of --stop_on_error")
                     return
             waiting = others
             if waiting:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _some_row_failed(self) -> bool:
+        """Whether one failed since this start, in this process or another."""
+        return any(self.state_of(row)[0] == FAILED for row in self.job.rows)
 
     def take(self, row: Row, stop_asked: Callable[[], bool]) -> str | None:
         """The row's state, after training it if that is what it waits for; None while another process trains it.
@@ -245,7 +246,7 @@ class Worker:
         return state
 
     def give_up(self, row: Row, reason: str) -> None:
-        """Note that a row failed with the process that trained it."""
+        """Note that a row failed with the process that trained it, or could not even begin."""
         claim = self._claims.claim(row.name)
         if claim is None:
             return
@@ -254,6 +255,8 @@ class Worker:
             if record is not None and record.state == TRAINING:
                 record.state, record.reason = FAILED, reason
                 write_record(row.config.output_dir, record)
+            elif record is None or record.state != FINISHED:
+                self._blocked[row.name] = reason
 
     def report(self, state: str) -> Report:
         """Write the report and the status; ``state`` is that of the whole command."""
