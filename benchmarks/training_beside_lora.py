@@ -6,7 +6,9 @@
 Everybody is trained by `svft_diffusion.training.trainer.train` on cached latents; PEFT's LoRA of rank 4 takes the
 adapter's place in it. Time is that of the whole loop from one step to the next: all runs are in one process over one
 set of base weights and take turns, and what counts is the median ratio of the rounds. Memory is the peak of the first
-step in a process of its own. What was measured is kept in ``results.json``, row by row, and not measured again.
+step in a process of its own; on the CPU, the second step's tensors are counted, which are what an accelerator would
+hold. The base lies in files of the runs' precision, as checkpoints do, with values that all precisions share. What was
+measured is kept in ``results.json``, row by row, and not measured again.
 """
 
 from __future__ import annotations
@@ -33,17 +35,19 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from benchmarks.adapters.contenders import modules_over_shared_weights
+from benchmarks.device_bytes import DeviceBytes
 from benchmarks.random_pipelines import write_stable_diffusion_15
 from benchmarks.training_contenders import CONTENDERS, Case, as_contender
 from benchmarks.training_rows import Results, table
 from svft_diffusion.cli.arguments import Parser, add_settings, config_from_options
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import setting
+from svft_diffusion.training import run as training_run
 from svft_diffusion.training import setup, trainer
 from svft_diffusion.training.batches import Batch
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.memory import forget_peak, peak_memory
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 from svft_diffusion.training.step import optimizer_step
 from svft_diffusion.training.trainer import StepReport
 
@@ -100,7 +104,8 @@ def main(arguments: Sequence[str]) -> None:
     add_settings(parser, BesideConfig)
     config = config_from_options(BesideConfig, parser.parse_args(arguments))
     torch.set_num_threads(config.threads)
-    write_stable_diffusion_15(_base(config), dtype=torch.bfloat16)  # whose values all precisions share
+    for precision in config.precisions:
+        _write_base(config, precision)
     results = Results(config.output_dir / "results.json", rounds=config.rounds, threads=config.threads)
     for case in config.cases:
         if "memory" in config.measure:
@@ -119,7 +124,7 @@ def training(config: BesideConfig, case: Case, name: str) -> TrainingConfig:
     """The run of a contender; it is ended before it comes to its last step."""
     contender = CONTENDERS[name]
     return TrainingConfig(
-        pretrained_model_name_or_path=str(_base(config)),
+        pretrained_model_name_or_path=str(_base(config, case.precision)),
         instance_data_dir=config.instance_data_dir,
         instance_prompt="a photo of sks dog",
         output_dir=config.output_dir / "run" / hashlib.sha256(f"{name}|{case}".encode()).hexdigest()[:16],
@@ -156,7 +161,7 @@ def _fresh_process(environment: Mapping[str, str]) -> Iterator[ProcessPoolExecut
 
 
 def memory_of_run(config: BesideConfig, case: Case, name: str) -> dict[str, Any]:
-    """Peaks of this process, and what it held before there was an adapter."""
+    """Peaks of this process, what it held before there was an adapter, and what an accelerator would hold."""
     torch.set_num_threads(config.threads)
     device = _device()
     held: dict[str, int] = {}
@@ -166,13 +171,19 @@ def memory_of_run(config: BesideConfig, case: Case, name: str) -> dict[str, Any]
         held["base"] = _held(device)
 
     def step(run: Run, batches: Iterator[Batch], number: int) -> dict[str, float]:
-        _forget_peak(device)  # of loading and encoding
-        metrics = optimizer_step(run, batches, number)
-        held["peak"], held["mapped files"] = _peak_since_forgotten(device), _mapped_files()
+        if number == 1:
+            _forget_peak(device)  # of loading and encoding
+            metrics = optimizer_step(run, batches, number)
+            held["peak"], held["mapped files"] = _peak_since_forgotten(device), _mapped_files()
+            return metrics
+        with DeviceBytes(run.models.values()) as counted:
+            metrics = optimizer_step(run, batches, number)
+        held["tensors"], held["tensors before"] = counted.before + counted.peak, counted.before
         return metrics
 
     def on_step(report: StepReport) -> None:
-        raise _Enough
+        if report.step == 2 or device.type != "cpu":
+            raise _Enough
 
     with (
         as_contender(name, on_base),
@@ -232,7 +243,12 @@ def times_in_turns(config: BesideConfig, case: Case) -> dict[str, dict[str, Any]
     runs = {name: _TurnTaker(training(config, case, name), clock) for name in config.contenders}
     try:
         for name, run in runs.items():
-            with as_contender(name), mock.patch.object(setup, "load_base", shared.load):
+            # Nobody parks a weight that others read.
+            with (
+                as_contender(name),
+                mock.patch.object(setup, "load_base", shared.load),
+                mock.patch.object(training_run, "parkable_layers", lambda models: []),
+            ):
                 run.start()
                 run.turn()  # prepares, and takes a first step
             print(f"{case}: {name} is ready", flush=True)
@@ -316,8 +332,17 @@ class _TurnTaker(threading.Thread):
         self._begun = self._clock()
 
 
-def _base(config: BesideConfig) -> Path:
-    return config.output_dir / "stable-diffusion-1.5-random"
+def _base(config: BesideConfig, precision: str) -> Path:
+    name = "stable-diffusion-1.5-random"
+    return config.output_dir / (f"{name}-float32" if precision == "no" else name)
+
+
+def _write_base(config: BesideConfig, precision: str) -> None:
+    rounded = _base(config, "bf16")
+    write_stable_diffusion_15(rounded, dtype=torch.bfloat16)
+    folder = _base(config, precision)
+    if not (folder / "model_index.json").is_file():  # which is written last
+        DiffusionPipeline.from_pretrained(rounded, torch_dtype=torch.float32).save_pretrained(folder)
 
 
 if __name__ == "__main__":

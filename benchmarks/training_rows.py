@@ -64,7 +64,7 @@ class Results:
 
 def table(results: Results, case: Case, names: Sequence[str]) -> str:
     """A Markdown table of one case; each ratio is to the LoRA on the same layers."""
-    columns = ["s/step", "peak GB", "beyond base GB", "without mapped files GB"]
+    columns = ["s/step", "peak GB", "beyond base GB", "without mapped files GB", "tensors GB"]
     head = "".join(f" {column} | of LoRA's |" for column in columns)
     lines = [f"{case}", "", f"| |{head}", "| --- |" + " --- |" * 2 * len(columns)]
     for name in names:
@@ -72,7 +72,8 @@ def table(results: Results, case: Case, names: Sequence[str]) -> str:
         cells = [*_time_cells(results, case, name, peer), *_memory_cells(results, case, name, peer)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if case.resolution == 512:
-        lines.append(f"| bar | | {LARGEST_TIME} | | {LARGEST_MEMORY.get(case.batch_size, '')} | | | | |")
+        memory = LARGEST_MEMORY.get(case.batch_size, "")
+        lines.append(f"| bar | | {LARGEST_TIME} | | {memory} | | | | | | {memory} |")
     return "\n".join(lines)
 
 
@@ -87,9 +88,19 @@ def _time_cells(results: Results, case: Case, name: str, peer: str) -> list[str]
 def _memory_cells(results: Results, case: Case, name: str, peer: str) -> list[str]:
     own, other = results.find("memory", case, name), results.find("memory", case, peer)
     if own is None:
-        return [""] * 6
+        return [""] * 8
     cells = []
-    for less in (None, "base", "mapped files"):
-        gigabytes = [(row["peak"] - (row[less] if less else 0)) / 1e9 for row in (own, other) if row is not None]
-        cells += [f"{gigabytes[0]:.2f}", f"{gigabytes[0] / gigabytes[1]:.3f}" if other is not None else ""]
+    for quantity in ("peak", "beyond base", "without mapped files", "tensors"):
+        size, of_other = (None if row is None else _gigabytes(row, quantity) for row in (own, other))
+        cells.append("" if size is None else f"{size:.2f}")
+        cells.append("" if size is None or of_other is None else f"{size / of_other:.3f}")
     return cells
+
+
+def _gigabytes(row: dict[str, Any], quantity: str) -> float | None:
+    """None for the tensors on an accelerator, whose peak is theirs."""
+    if quantity == "tensors":
+        return row["tensors"] / 1e9 if "tensors" in row else None
+    less = {"beyond base": "base", "without mapped files": "mapped files"}.get(quantity)
+    bytes_: int = row["peak"] - (row[less] if less else 0)
+    return bytes_ / 1e9

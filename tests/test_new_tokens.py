@@ -34,7 +34,8 @@ from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checks import check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.new_tokens import initial_rows
-from svft_diffusion.training.setup import Run, make_accelerator, prepare_run
+from svft_diffusion.training.run import Run
+from svft_diffusion.training.setup import make_accelerator, prepare_run
 from svft_diffusion.training.step import optimizer_step
 from svft_diffusion.training.trainer import train
 
@@ -225,8 +226,17 @@ def subjects_file(folder: Path, photos: Path, prompts: Sequence[str]) -> Path:
     return file
 
 
-def test_subjects_have_tokens_of_their_own(config: TrainingConfig, tmp_path: Path) -> None:
+def test_subjects_have_tokens_of_their_own(
+    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert config.instance_data_dir is not None
+    checked: list[str] = []
+
+    def keep_prompt(pipeline: DiffusionPipeline, prompt: str, **options: Any) -> Image.Image:
+        checked.append(prompt)
+        return generate(pipeline, prompt, **options)
+
+    monkeypatch.setattr("svft_diffusion.training.self_check.generate", keep_prompt)
     prompts = ("a photo of sks dog", "a photo of a red robot")
     config = replace(
         config,
@@ -236,9 +246,11 @@ def test_subjects_have_tokens_of_their_own(config: TrainingConfig, tmp_path: Pat
         token_abstraction="sks, red",
         num_new_tokens_per_abstraction=1,
         max_train_steps=2,
+        check_result=True,
     )
     header, tensors = read_adapter(train(config).adapter)
     assert header.tokens == {"text_encoder": ["<sks>", "<red>"]} and header.trigger == "<sks>, <red>"
+    assert checked == ["a photo of <sks> dog"] * 2  # with and without the file; the first subject speaks for all
     pipeline = load_pipeline(config.pretrained_model_name_or_path)
     ids = pipeline.tokenizer("dog robot", add_special_tokens=False).input_ids
     start = pipeline.text_encoder.get_input_embeddings().weight[ids]
@@ -358,7 +370,7 @@ def test_what_can_not_work_is_refused_before_the_base_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the base model was loaded")
 
-    monkeypatch.setattr("svft_diffusion.training.setup.load_pipeline", load)
+    monkeypatch.setattr("svft_diffusion.training.base.load_pipeline", load)
     with pytest.raises(UserError, match=re.escape(message)) as refusal:
         train(replace(config, **changes))
     assert "\n" not in str(refusal.value) and not config.output_dir.exists()
@@ -397,7 +409,8 @@ def test_command(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> 
     assert "<TOK-1>" in capsys.readouterr().out
 
 
-def test_subjects_with_tokens_are_mixed(config: TrainingConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])  # each of which is many to the tokenizer before it is told of them
+def test_subjects_with_tokens_are_mixed(config: TrainingConfig, tmp_path: Path, count: int) -> None:
     assert config.instance_data_dir is not None
     config = replace(
         config,
@@ -405,7 +418,7 @@ def test_subjects_with_tokens_are_mixed(config: TrainingConfig, tmp_path: Path) 
         instance_data_dir=None,
         instance_prompt=None,
         token_abstraction="sks,red",
-        num_new_tokens_per_abstraction=1,
+        num_new_tokens_per_abstraction=count,
         cut_mix_unmix=True,
         cut_mix_probability=1.0,
         cut_mix_prompt="{left} on {right}",

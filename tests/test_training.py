@@ -24,7 +24,7 @@ from svft_diffusion.factors import configure_cache
 from svft_diffusion.files import read_adapter
 from svft_diffusion.models import load_pipeline
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.setup import ADAPTER_NAME
+from svft_diffusion.training.run import ADAPTER_NAME
 from svft_diffusion.training.trainer import StepReport, train
 
 REPOSITORY = Path(__file__).parent.parent

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_cases import adapted_layer, force_strategy, layer_input
 from training_runs import short_run
 
 from benchmarks import training_beside_lora as benchmark
+from benchmarks.device_bytes import DeviceBytes
 from benchmarks.training_beside_lora import BesideConfig
 from benchmarks.training_contenders import Case, as_contender
 from benchmarks.training_rows import Results, table
@@ -53,6 +55,39 @@ def test_everybody_takes_turns_in_the_same_loop(config: BesideConfig, monkeypatc
 def test_memory_of_a_run_holds_its_base(config: BesideConfig) -> None:
     row = benchmark.memory_of_run(config, CASE, "LoRA r=4")
     assert 0 < row["base"] <= row["peak"] and 0 <= row["mapped files"] < row["peak"]
+    if not torch.cuda.is_available():
+        assert 0 < row["tensors before"] < row["tensors"] < row["peak"]
+
+
+def test_tensors_are_counted_while_they_live() -> None:
+    model, x = torch.nn.Linear(1000, 1000, bias=False), torch.randn(500, 1000)
+    with DeviceBytes([model]) as counted:
+        y = model(x)
+        part = y[:10]
+        del y  # but not its numbers
+        assert (counted.before, counted.peak) == (6_000_000, 2_000_000)
+        del part
+        model(x).exp()
+        assert counted.peak == 4_000_000
+        model.weight.detach()[5:].add_(1)
+        assert (counted.before, counted.peak) == (6_000_000, 4_000_000)
+
+
+def test_parked_weights_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_strategy(monkeypatch, "factors")
+    layer = adapted_layer("svft plain", "linear tall", trains=True)
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, torch.Tensor)
+    before = []
+    for _ in range(2):
+        layer(layer_input("linear tall"))
+        with DeviceBytes([layer]) as counted:
+            layer(layer_input("linear tall")).sum().backward()
+        before.append(counted.before)
+        layer.zero_grad()
+        layer.allow_parking()
+    layer(layer_input("linear tall"))
+    assert before[0] - before[1] == weight.nbytes
 
 
 def test_what_went_wrong_in_a_turn_is_told(config: BesideConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +111,7 @@ def test_rows_are_kept_by_what_they_were_measured_under(tmp_path: Path) -> None:
     results = Results(file, rounds=2, threads=1)
     for name, seconds, peak in (("LoRA r=4", [2.0, 4.0], 10**9), ("SVFT plain", [3.0, 5.0], 2 * 10**9)):
         results.put("time", CASE, name, {"seconds": seconds})
-        results.put("memory", CASE, name, {"base": 5 * 10**8, "peak": peak, "mapped files": 0})
+        results.put("memory", CASE, name, {"base": 5 * 10**8, "peak": peak, "mapped files": 0, "tensors": peak // 4})
     again = Results(file, rounds=2, threads=1)
     assert again.find("time", CASE, "SVFT plain") == {"seconds": [3.0, 5.0]}
     assert again.find("time", replace(CASE, batch_size=4), "SVFT plain") is None
@@ -84,7 +119,7 @@ def test_rows_are_kept_by_what_they_were_measured_under(tmp_path: Path) -> None:
     assert Results(file, rounds=9, threads=1).find("memory", CASE, "SVFT plain") is not None
     assert {row["contender"] for row in json.loads(file.read_text("utf-8")).values()} == set(BOTH)
     row = table(again, CASE, BOTH).splitlines()[-1]
-    assert row == "| SVFT plain | 4.00 | 1.375 | 2.00 | 2.000 | 1.50 | 3.000 | 2.00 | 2.000 |"
+    assert row == "| SVFT plain | 4.00 | 1.375 | 2.00 | 2.000 | 1.50 | 3.000 | 2.00 | 2.000 | 0.50 | 2.000 |"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class ModelFamily(Protocol):
     """The training loop knows a base model by this interface alone.
 
     Attributes:
+        denoiser: the component of the pipeline that is trained first of all.
         number_of_timesteps: a timestep is a whole number below it; the higher, the more noise.
         prediction_type: ``epsilon`` (noise), ``v_prediction`` (velocity of diffusion), or ``flow`` (noise - picture).
         timestep_sampling: how the family's timesteps are drawn where the settings don't say.
@@ -45,6 +46,7 @@ class ModelFamily(Protocol):
 
     name: str
     pipeline: DiffusionPipeline
+    denoiser: str
     number_of_timesteps: int
     prediction_type: str
     timestep_sampling: str

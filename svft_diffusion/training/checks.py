@@ -108,7 +108,12 @@ def check_settings(config: TrainingConfig) -> None:
     _check_schedule(config)
     check_data_settings(config)
     check_token_settings(config)
-    check_mixing_settings(config, several_subjects=config.concepts_list is not None, torch_compile=config.torch_compile)
+    check_mixing_settings(
+        config,
+        several_subjects=config.concepts_list is not None,
+        torch_compile=config.torch_compile,
+        caption_dropout=config.caption_dropout,
+    )
     _check_packages(config)
     _check_objective(config)
     check_optimizer(config)

@@ -19,7 +19,8 @@ from svft_diffusion.training.checks import Inputs, check
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.memory import forget_peak, memory_in_words, out_of_memory_explained, peak_memory
 from svft_diffusion.training.persistence import save_result
-from svft_diffusion.training.setup import Run, make_accelerator, prepare_run
+from svft_diffusion.training.run import Run
+from svft_diffusion.training.setup import make_accelerator, prepare_run
 from svft_diffusion.training.speed import compilation_explained
 from svft_diffusion.training.step import optimizer_step
 
@@ -97,7 +98,8 @@ def dry_run(config: TrainingConfig) -> DryRun:
             accelerator.print(printable(note))
         with out_of_memory_explained(config, accelerator.device), compilation_explained(config):
             run = prepare_run(tried, tried_inputs, accelerator)
-            return _measure(run, config, inputs, started)
+            with run.class_folders:
+                return _measure(run, config, inputs, started)
 
 
 def _for_trial(config: TrainingConfig, inputs: Inputs, folder: Path) -> tuple[TrainingConfig, Inputs]:
@@ -119,11 +121,12 @@ def _for_trial(config: TrainingConfig, inputs: Inputs, folder: Path) -> tuple[Tr
 
 def _measure(run: Run, config: TrainingConfig, inputs: Inputs, started: float) -> DryRun:
     batches = run.batches(0)
-    optimizer_step(run, batches, 1)  # begins with work that is done once, such as compilation
-    seconds_to_start = time.perf_counter() - started
     begun = time.perf_counter()
-    metrics = optimizer_step(run, batches, 2)
-    seconds_per_step = time.perf_counter() - begun
+    metrics = optimizer_step(run, batches, 1)
+    if run.total_steps > 1:
+        begun = time.perf_counter()  # the first begins with work that is done once, such as compilation
+        metrics = optimizer_step(run, batches, 2)
+    seconds_per_step, seconds_to_start = time.perf_counter() - begun, begun - started
     class_images = _missing_class_images(config, inputs)
     prompt = inputs.subjects[0].instance_prompt
     per_class_image = _drawing_time(run, prompt, config.prior_generation_num_inference_steps) if class_images else 0.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from svft_diffusion.errors import UserError
 from svft_diffusion.training.batches import Batch
 from svft_diffusion.training.checkpoints import last_good_checkpoint
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 
 _MOST_FILES_NAMED = 8
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from svft_diffusion.data.contact_sheet import contact_sheet, write_contact_sheet
 from svft_diffusion.data.photo_check import photo_notes
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 
 CONTACT_SHEET_FILE = "contact_sheet.png"
 

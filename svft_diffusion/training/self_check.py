@@ -13,7 +13,8 @@ from torch import nn
 from svft_diffusion.adapters import load_adapter
 from svft_diffusion.errors import UserError
 from svft_diffusion.sampling.sample import generate
-from svft_diffusion.training.setup import ADAPTER_NAME, Run, load_base
+from svft_diffusion.training.base import load_base
+from svft_diffusion.training.run import ADAPTER_NAME, Run
 from svft_diffusion.training.sharding import move_all_but, shard_denoiser
 from svft_diffusion.training.validation import decoding_without_autocast
 
@@ -26,7 +27,8 @@ def check_file(run: Run, adapter: Path) -> str:
     compare.
 
     The trained model is moved off the accelerator before the fresh one comes: they need not fit there together. The
-    run is over by then, and nothing that goes wrong here ends it.
+    run is over by then, and nothing that goes wrong here ends it; but for one of several processes that can't draw,
+    for which the others would wait.
     """
     live_pipeline = run.family.pipeline
     denoiser = next(iter(run.models))
@@ -48,6 +50,8 @@ def check_file(run: Run, adapter: Path) -> str:
             fresh.vae.to(live_pipeline.vae.dtype)
         levels = np.abs(_draw(run, fresh) - live)
     except (UserError, RuntimeError, MemoryError, OSError) as problem:  # such as too little memory for another model
+        if run.is_sharded and not isinstance(problem, _NotLoaded):
+            raise
         return f"warning: {adapter.name} was not tried in a fresh base model: {' '.join(str(problem).split())}"
     if not levels.any():
         return f"checked: loaded into a fresh base model, {adapter.name} draws the same picture as the trained model"
@@ -60,6 +64,10 @@ def check_file(run: Run, adapter: Path) -> str:
     )
 
 
+class _NotLoaded(UserError):
+    """At least one of several processes has no fresh base model, and all of them know."""
+
+
 def _loaded(run: Run, adapter: Path, dtype: torch.dtype) -> DiffusionPipeline:
     fresh = load_base(run.config, dtype)
     load_adapter(fresh, adapter, ADAPTER_NAME)
@@ -70,16 +78,14 @@ def _in_all_processes(run: Run, load: Callable[[], DiffusionPipeline]) -> Diffus
     """What ``load`` gives; where all processes are to draw together, none goes on unless all have it."""
     if not run.is_sharded:
         return load()
-    loaded, problem = None, None
+    loaded, reason = None, "another of the processes could not load it, such as for lack of memory"
     try:
         loaded = load()
     except (UserError, RuntimeError, MemoryError, OSError) as error:
-        problem = error
+        reason = str(error)
     failures = run.accelerator.reduce(torch.tensor([float(loaded is None)], device=run.accelerator.device), "sum")
-    if problem is not None:
-        raise problem
     if loaded is None or failures.item():
-        raise UserError("another of the processes could not load it, such as for lack of memory")
+        raise _NotLoaded(reason)
     return loaded
 
 
@@ -90,7 +96,7 @@ def _draw(run: Run, pipeline: DiffusionPipeline) -> np.ndarray:
     with torch.no_grad(), run.accelerator.autocast(), decoding_without_autocast(pipeline.vae):
         image = generate(
             pipeline,
-            run.config.with_tokens(run.config.validation_prompt or run.config.instance_prompt or ""),
+            run.config.with_tokens(run.config.validation_prompt or run.subjects[0].instance_prompt),
             seed=run.config.seed,
             num_inference_steps=_STEPS,
             height=run.config.resolution,

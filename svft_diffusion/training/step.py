@@ -19,7 +19,7 @@ from svft_diffusion.training.losses import squared_norm
 from svft_diffusion.training.new_tokens import check_token_gradients
 from svft_diffusion.training.objective import Losses, denoising_losses, draw_randomness
 from svft_diffusion.training.prior import base_prediction
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 from svft_diffusion.training.unmix import Projections
 
 _SMALLEST_SCALE = 1e-4  # of the loss with fp16, as in fairseq: thirty steps in a row are left out before

@@ -16,6 +16,7 @@ from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.training_folder import ADAPTER_FILE
 from svft_diffusion.terminal import output_may_vanish, printable
+from svft_diffusion.training.base import BaseLoader
 from svft_diffusion.training.card import write_card, write_config
 from svft_diffusion.training.checkpoints import remove_leftovers
 from svft_diffusion.training.checks import Inputs, check
@@ -33,8 +34,9 @@ from svft_diffusion.training.output_folder import prepare_folder
 from svft_diffusion.training.persistence import resume, save_result, save_run
 from svft_diffusion.training.photo_report import notes_on_photos, write_photos
 from svft_diffusion.training.quantization import quantization_in_words
+from svft_diffusion.training.run import Run
 from svft_diffusion.training.self_check import check_file
-from svft_diffusion.training.setup import BaseLoader, Run, make_accelerator, prepare_run
+from svft_diffusion.training.setup import make_accelerator, prepare_run
 from svft_diffusion.training.sharding import shares_in_words
 from svft_diffusion.training.speed import attention_in_words, compilation_explained
 from svft_diffusion.training.status import ENCODING_PICTURES, SAMPLING, STOPPING, RunStatus
@@ -112,6 +114,7 @@ class _Watch:
         self, accelerator: Accelerator, output_dir: Path, stop_asked: Callable[[], bool] | None = None
     ) -> None:
         self._together = accelerator.num_processes > 1
+        self._is_first = accelerator.is_main_process
         self.interruption = Interruption(output_dir, stop_asked)
         self.status = RunStatus(output_dir, active=accelerator.is_main_process)
         if accelerator.is_main_process:
@@ -120,8 +123,9 @@ class _Watch:
     def progress(self, state: str) -> None:
         """Called again and again outside of steps; raises `Interrupted` if the run shall end."""
         self.status.enter(state)
-        # One of several samples, and all of them encode: none must leave the others alone.
-        if not (self._together and state in (SAMPLING, ENCODING_PICTURES)):
+        # One of several samples, and all of them encode: none must leave the others alone. The first, which draws class
+        # images, tells them if it ends.
+        if not self._together or (self._is_first and state not in (SAMPLING, ENCODING_PICTURES)):
             self.interruption.check()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from svft_diffusion.files.training_folder import SAMPLES_FOLDER
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.sample import facts_of, generate
-from svft_diffusion.training.setup import Run
+from svft_diffusion.training.run import Run
 from svft_diffusion.training.status import SAMPLING
 
 
@@ -30,7 +30,10 @@ def samples_missing(run: Run, step: int) -> bool:
     """Whether a run that begins at ``step`` has samples of it to draw: at 0, or where it was stopped in the midst."""
     numbers = range(run.config.num_validation_images)
     drawn = all(sample_file(run.config.output_dir, step, number).is_file() for number in numbers)
-    return step == 0 or (run.draws_samples(step) and step < run.total_steps and not drawn)
+    missing = step == 0 or (run.draws_samples(step) and step < run.total_steps and not drawn)
+    if run.is_sharded:  # all draw together or none, and machines may see a folder's files at different times
+        missing = bool(run.accelerator.gather(torch.tensor([int(missing)], device=run.accelerator.device))[0])
+    return missing
 
 
 def draw_samples(run: Run, step: int) -> list[Path]:

@@ -19,6 +19,7 @@ from svft_diffusion.adapters.layers import basis, computing
 from svft_diffusion.adapters.layers.formula import Inputs, output_for_samples, output_of_formula
 from svft_diffusion.adapters.layers.fusing import Folded, Fused, fuse, restore
 from svft_diffusion.adapters.layers.kinds import Kind, layer_kind
+from svft_diffusion.adapters.layers.parking import Parking
 from svft_diffusion.adapters.layers.placement import PlacedFactors, SpreadFactors, identity
 from svft_diffusion.adapters.layers.training import TrainingPaths
 from svft_diffusion.adapters.methods import LayerOptions, Term, combined_core, initial_values
@@ -101,7 +102,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self._fused: Fused | None = None
         self._placed = None if factors is None else PlacedFactors(factors)
         self._folded: Folded | None = None
-        self._paths = TrainingPaths()
+        self._parking = Parking()
+        self._paths = TrainingPaths(self._parking)
         self.register_load_state_dict_post_hook(_align_loaded)
 
     # What an adapter has in this layer
@@ -113,7 +115,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     @property
     def _weight(self) -> Tensor:
-        """The frozen weight."""
+        """The frozen weight, where the layer computes."""
+        self._parking.wake(self.get_base_layer())
         weight = self.get_base_layer().weight
         assert isinstance(weight, Tensor)
         return weight
@@ -192,8 +195,31 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out, and let go of what was made for it."""
+        self.wake()
         super().delete_adapter(adapter_name)
         self._forget_copies()
+
+    def allow_parking(self) -> None:
+        """From here on, while its adapters train and don't read it, the frozen weight may leave the accelerator."""
+        self._parking.allow()
+        if self._placed is not None:
+            self._placed.page_out_copied()
+
+    def wake(self) -> None:
+        """Have the frozen weight where the layer computes, to stay until the next `allow_parking`."""
+        self._parking.wake(self.get_base_layer())
+
+    @property
+    def has_parked_weight(self) -> bool:
+        """Whether the frozen weight is away; who computes with it, calls `wake` before."""
+        return self._parking.parked
+
+    @property
+    def _awake_base(self) -> nn.Module:
+        """What lies inside of this layer, with the frozen weight where it computes."""
+        if self._parking.parked:
+            self.wake()
+        return self.base_layer
 
     def spread(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Get ready for a base layer whose weight is put together for a call alone, as FSDP does.
@@ -274,22 +300,22 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._awake_base(x, *args, **kwargs)
         if self.merged:
-            return self.base_layer(x, *args, **kwargs)
+            return self._awake_base(x, *args, **kwargs)
         inputs = Inputs(x, args, kwargs)
         module = self.get_base_layer()
         if self.sample_weights is not None:
             samples = self._terms_of_samples(self.sample_weights)
             if not samples[0]:
-                return inputs.give(self.base_layer)
-            return output_for_samples(self.kind, module, self.base_layer, self._placed, inputs, samples)
+                return inputs.give(self._awake_base)
+            return output_for_samples(self.kind, module, self._awake_base, self._placed, inputs, samples)
         compiling = torch.compiler.is_compiling()
         terms = self._terms(self.active_adapters, as_tensors=compiling)
         if not terms:  # no active adapter, or all at strength 0: the base, bit for bit
-            return inputs.give(self.base_layer)
+            return inputs.give(self._awake_base)
         if isinstance(self.base_layer, BaseTunerLayer) or compiling or self.keeps_base_apart:
-            return output_of_formula(self.kind, module, self.base_layer, self._placed, inputs, terms)
+            return output_of_formula(self.kind, module, self._awake_base, self._placed, inputs, terms)
         trains = any(part.requires_grad for term in terms for part in term.parts.values())
         if trains and torch.is_grad_enabled():
             self._folded = None  # of a validation: a second weight in each layer
@@ -300,7 +326,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _folded_parameters(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Weight and bias with all adapters in them; made anew when one of their tensors has changed."""
-        own = computing.parameters_of(self.get_base_layer())
+        own = computing.parameters_of(self._awake_base)
         parts = [part for term in terms for part in term.parts.values()]
         state = (
             *(identity(tensor) for tensor in (*own.values(), *parts)),
@@ -365,6 +391,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             UserError: the weight is quantized or spread over processes.
         """
         self._folded = None
+        self.wake()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not names:
             return
@@ -437,6 +464,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.wake()
         if recurse:
             for name, child in self.named_children():
                 child._apply(fn if name == "base_layer" else move_only)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from svft_diffusion.adapters.layers.parking import page_out
 from svft_diffusion.adapters.methods import Triplets
 from svft_diffusion.kernels.call import compute_dtype
 from svft_diffusion.spectral import SingularFactors
@@ -70,7 +71,16 @@ class PlacedFactors:
         key = (device, dtype, triplets.start, triplets.stop)
         if key not in self._placed:
             self._placed[key] = self._copy(device, dtype, triplets)
+            self.page_out_copied()
         return self._placed[key]
+
+    def page_out_copied(self) -> None:
+        """Factors that products read from copies need not be in memory, too."""
+        copies = [copy for key, copy in self._placed.items() if isinstance(key, tuple)]  # others are of values alone
+        for copy in copies:
+            for own, used in ((self.factors.U, copy.U), (self.factors.Vh, copy.Vh)):
+                if used.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():  # some rows are no copy
+                    page_out(own)
 
     def singular_values(self, device: torch.device) -> Tensor:
         """All singular values (k,) on a device, float32."""

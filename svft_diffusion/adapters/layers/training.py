@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from svft_diffusion.adapters.layers import computing
 from svft_diffusion.adapters.layers.formula import Inputs
 from svft_diffusion.adapters.layers.kinds import Kind, along_features, has_plain_forward, matrix_of
+from svft_diffusion.adapters.layers.parking import Parking
 from svft_diffusion.adapters.layers.placement import PlacedFactors, identity
 from svft_diffusion.adapters.methods import Term, Triplets, combined_core
 from svft_diffusion.kernels import (
@@ -25,9 +26,14 @@ from svft_diffusion.spectral import Core
 
 
 class TrainingPaths:
-    """The training side of one layer; it keeps a weight that was rebuilt for one forward pass."""
+    """The training side of one layer; it keeps a weight that was rebuilt for one forward pass.
 
-    def __init__(self) -> None:
+    Args:
+        parking: of the frozen weight, which some strategies don't read.
+    """
+
+    def __init__(self, parking: Parking) -> None:
+        self._parking = parking
         self._rebuilt: tuple[object, Tensor] | None = None
 
     def forget(self) -> None:
@@ -40,6 +46,7 @@ class TrainingPaths:
         """Output of the frozen layer ``module`` with adapters that train."""
         own = computing.parameters_of(module)
         if kind == "norm" or inputs.args or inputs.kwargs or not has_plain_forward(module):
+            self._parking.wake(module)
             factors = None if placed is None else placed.factors
             return inputs.give_with(module, computing.adapted_parameters(kind, own, factors, terms))
         x = inputs.x
@@ -47,10 +54,12 @@ class TrainingPaths:
         with_values = [term for term in terms if "values" in term.parts]
         if not with_values:
             assert bias is not None
+            self._parking.wake(module)
             return _with_bias_alone(module, x, bias)
         assert placed is not None
         core, triplets = combined_core(placed.singular_values(x.device), with_values)
         if kind == "embedding":
+            self._parking.wake(module)
             U, _, Vh = placed.chosen(x, module, triplets)
             y: Tensor = module(x)
             return y + computing.update_of_output(kind, module, x, U, core, Vh).to(y.dtype)
@@ -80,6 +89,8 @@ class TrainingPaths:
             off_diagonals=None if core.dense else core.off_diagonals,
             gradient_to_input=x.requires_grad,
         )
+        self._settle_weight(strategy, module)
+        weight = matrix_of(kind, computing.parameters_of(module)["weight"])
         U, S, Vh = placed.chosen(x, module, triplets)
         rebuilt = self._rebuilt_weight(strategy, weight, U, core, Vh, terms)
         return adapted_linear(
@@ -111,6 +122,8 @@ class TrainingPaths:
             gradient_to_input=x.requires_grad,
             input_elements=x.numel(),
         )
+        self._settle_weight(strategy, module)
+        weight = module.weight.detach()
         U, S, Vh = placed.chosen(x, module, triplets)
         rebuilt = self._rebuilt_weight(strategy, weight, U, core, Vh, terms)
         return adapted_convolution(
@@ -129,6 +142,13 @@ class TrainingPaths:
             rebuilt=rebuilt,
             compress=_compresses(terms),
         )
+
+    def _settle_weight(self, strategy: Strategy, module: nn.Module) -> None:
+        """Have the frozen weight at hand for a strategy, or let it go."""
+        if strategy == "factors":
+            self._parking.park(module)
+        else:
+            self._parking.wake(module)
 
     def _rebuilt_weight(
         self,
