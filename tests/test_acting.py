@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.names import components_of
 from svft_diffusion.sampling.acting import acting_adapters
-from svft_diffusion.sampling.adapter_use import AdapterUse, parse_use, use_to_json
+from svft_diffusion.sampling.adapter_use import AdapterUse, parse_use, use_in_picture, use_to_json
 from svft_diffusion.sampling.prompt_syntax import split_prompt
 from svft_diffusion.sampling.regions import Region, shares
 from svft_diffusion.sampling.step_schedule import StepSchedule, parse_schedule, part_done
@@ -263,6 +264,16 @@ def test_part_done_counts_distinct_timesteps() -> None:
 )
 def test_uses_survive_json(value: object) -> None:
     assert use_to_json(parse_use(value)) == value
+
+
+def test_a_picture_names_no_folder_of_a_mask(tmp_path: Path) -> None:
+    mask = tmp_path / "left.png"
+    Image.new("L", (4, 4), 255).save(mask)
+    told = json.dumps(use_in_picture(AdapterUse(0.8, region=Region(mask=mask))))
+    assert "left.png" in told
+    assert tmp_path.name not in told
+    Image.new("L", (4, 4), 254).save(mask)
+    assert json.dumps(use_in_picture(AdapterUse(0.8, region=Region(mask=mask)))) != told
 
 
 @pytest.mark.parametrize(

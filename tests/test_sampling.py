@@ -18,12 +18,13 @@ from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import location
 from svft_diffusion.models.loading import load_pipeline
-from svft_diffusion.sampling import sample as sample_module
+from svft_diffusion.sampling import drawing
 from svft_diffusion.sampling.adapter_choice import AdapterChoice, adapter_label, parse_adapter_choice, unique_names
 from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.sampling.grid import labelled_grid, wrap_text
+from svft_diffusion.sampling.parameters import parameters_text
 from svft_diffusion.sampling.plan import new_numbered_folder, slug
-from svft_diffusion.sampling.png import parameters_text, read_png_settings, save_png
+from svft_diffusion.sampling.png import read_png_settings, save_png
 from svft_diffusion.sampling.sample import SamplingConfig, generate, sample
 
 
@@ -216,7 +217,7 @@ def test_pictures_are_those_of_the_library_call(models: ModelsOnDisk, tmp_path: 
 
     names = [f"000_a-photo-of-sks-dog_w{strength}_seed{seed}.png" for strength in ("0", "0.5", "1") for seed in (3, 4)]
     assert [path.name for path in result.pictures] == names
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "grid.png"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "grid.png", "index.csv", "index.html"])
 
     pipe = load_pipeline(str(models.base))
 
@@ -278,7 +279,7 @@ def test_bad_input_is_refused_before_the_model_loads(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(sample_module, "load_pipeline", fail)
+    monkeypatch.setattr(drawing, "load_pipeline", fail)
     text = tmp_path / "notes.safetensors"
     text.write_text("not an adapter", encoding="utf-8")
     blocked = tmp_path / "file"

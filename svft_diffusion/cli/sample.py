@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from svft_diffusion.cli.arguments import Parser, add_settings, config_from_options
+from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
 from svft_diffusion.sampling.config import SamplingConfig
 
-_EPILOG = """example:
+_DESCRIPTION = """\
+Generate pictures with any number of adapters: every combination of the values of repeatable flags.
+
+Start the same command again, and only pictures that are missing or damaged are made. Started by accelerate launch, each
+process draws a part of them; files are the same to the byte for any number of processes.
+"""
+_EPILOG = """examples:
   svft-diffusion sample --adapter outputs/robot/adapter.safetensors:0.8 \\
       --prompt "a photo of sks robot on the beach" --num_images 4 --weights 0 0.5 1
+  svft-diffusion sample --matrix samples/sampling/matrix.yaml --output_dir outputs/matrix
+  accelerate launch --multi_gpu --num_processes 2 -m svft_diffusion sample --prompts dreambooth_object \\
+      --adapter outputs/robot/adapter.safetensors --output_dir outputs/robot-prompts
 """
 
 
@@ -19,17 +29,32 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         UserError: see `svft_diffusion.sampling.sample.sample`.
     """
-    parser = Parser(prog="svft-diffusion sample", description="Generate pictures with any number of adapters.")
-    parser.epilog = _EPILOG
+    parser = Parser(prog="svft-diffusion sample", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument(
+        "--matrix",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON with these flags as keys, lists of values, adapters with schedules and regions, and named "
+        "sets of them; flags of the command line win",
+    )
     add_settings(parser, SamplingConfig)
-    config = config_from_options(SamplingConfig, parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    given = given_settings(SamplingConfig, options)
 
     # Heavy imports come after the arguments, so that --help and typing errors answer at once.
+    from svft_diffusion.sampling.matrix import read_matrix
     from svft_diffusion.sampling.sample import sample
 
-    result = sample(config)
-    print(f"{len(result.pictures)} pictures in {result.output_dir}")
-    print(f"all of them at a glance: {result.grid}")
+    config, adapters = (SamplingConfig(**given), None) if options.matrix is None else read_matrix(options.matrix, given)
+    result = sample(config, adapters)
+    if result.index is None:
+        return  # the first process tells about all
+    there = f" ({len(result.pictures) - result.made} made before or by other processes)"
+    print(
+        f"{len(result.pictures)} pictures in {result.output_dir}{there if result.made < len(result.pictures) else ''}"
+    )
+    more = f" and {len(result.grids) - 1} more" if len(result.grids) > 1 else ""
+    print(f"all of them at a glance: {result.grid}{more}, {result.index}")
     if result.embedded:
         sizes = ", ".join(f"{name} ({size / 1000:.0f} kB)" for name, size in result.embedded.items())
         print(f"the pictures carry the adapters that made them: {sizes}; --no-embed_adapter leaves them out")

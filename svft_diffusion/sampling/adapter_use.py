@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,6 +83,24 @@ def use_to_json(use: AdapterUse) -> object:
         "region": None if use.region is None else region_to_json(use.region),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def use_in_picture(use: AdapterUse) -> object:
+    """As `use_to_json`, for the settings in a picture's file: a mask by its name and content, and not by its folder.
+
+    Raises:
+        UserError: the mask can't be read.
+    """
+    value = use_to_json(use)
+    if use.region is None or use.region.mask is None:
+        return value
+    assert isinstance(value, dict)
+    try:
+        digest = hashlib.sha256(use.region.mask.read_bytes()).hexdigest()
+    except OSError as problem:
+        raise UserError(f"the mask {use.region.mask} can't be read: {problem.strerror or problem}") from problem
+    region = {**region_to_json(use.region), "mask": use.region.mask.name, "mask_sha256": digest}
+    return {**value, "region": region}
 
 
 def _number(value: object) -> float:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from svft_diffusion.settings import setting
 
 ON_MISMATCH = ("error", "align", "force")
 DTYPES = ("float32", "float16", "bfloat16")
+_AXES = ("adapter", "weights", "prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """What to draw, with which adapters, and where to put it."""
+    """What to draw, with which adapters, and where to put it.
+
+    Every combination of what lists hold is drawn; one value may stand for a list of it.
+    """
 
     pretrained_model_name_or_path: str = setting(
         "toybox",
@@ -33,8 +38,8 @@ class SamplingConfig:
 
     adapter: list[str] = setting(
         [],
-        "FILE[:weight], repeatable; all act at once; no weight means 1, negative ones are allowed, "
-        "a folder stands for the adapter.safetensors in it",
+        "FILE[:weight], repeatable; all act at once; no weight means 1, negative ones are allowed, unet=0.5,te=0.2 is "
+        "one for each component; a folder stands for the adapter.safetensors in it",
         group="adapters",
     )
     weights: list[float] = setting(
@@ -51,13 +56,34 @@ class SamplingConfig:
         choices=ON_MISMATCH,
     )
 
-    prompt: list[str] = setting([], "what to draw, repeatable", group="pictures")
+    prompt: list[str] = setting(
+        [],
+        "what to draw, repeatable; <adapter:NAME:0.8> in it gives an adapter its weight in this prompt, {token} and "
+        "{class} stand for the first adapter's trigger and class word",
+        group="pictures",
+    )
+    prompts: str | None = setting(
+        None,
+        "more prompts: a .txt file with one on each line; .csv, .json, .jsonl or .yaml with prompt, negative_prompt, "
+        "name, seed, num_images, num_inference_steps, guidance_scale and scheduler; or dreambooth_object or "
+        "dreambooth_live, the lists of DreamBooth's evaluation",
+        group="pictures",
+    )
     negative_prompt: str = setting("", "what to avoid", group="pictures")
-    num_images: int = setting(1, "pictures for each prompt and strength", group="pictures")
-    seed: int = setting(0, "seed of the first picture; picture i has seed + i", group="pictures")
-    num_inference_steps: int = setting(25, "denoising steps", group="pictures")
-    guidance_scale: float = setting(
-        4.0, "how strictly the prompt is followed; 4 suits toybox, 7.5 is usual for Stable Diffusion", group="pictures"
+    token: str | None = setting(None, "what {token} stands for (default: the adapter's trigger)", group="pictures")
+    class_word: str | None = setting(None, "what {class} stands for (default: the adapter's)", group="pictures")
+    num_images: int = setting(1, "pictures for each combination and seed", group="pictures")
+    seed: list[int] = setting([0], "seed of the first picture, repeatable; picture i has seed + i", group="pictures")
+    num_inference_steps: list[int] = setting([25], "denoising steps, repeatable", group="pictures")
+    guidance_scale: list[float] = setting(
+        [4.0],
+        "how strictly the prompt is followed, repeatable; 4 suits toybox, 7.5 is usual for Stable Diffusion",
+        group="pictures",
+    )
+    scheduler: list[str] = setting(
+        ["default"],
+        "sampling method, repeatable, such as euler_a or dpm++_2m_karras; the base model's own by default",
+        group="pictures",
     )
     height: int | None = setting(None, "pixels, default: the base model's own", group="pictures")
     width: int | None = setting(None, "pixels, default: the base model's own", group="pictures")
@@ -75,6 +101,16 @@ class SamplingConfig:
 
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu", group="computing")
     dtype: str = setting("float32", "precision of the base model", group="computing", choices=DTYPES)
+    batch_size: int = setting(
+        1,
+        "pictures of one combination that are drawn at once; with more than 1, pixels may differ in the last bit",
+        group="computing",
+    )
+    threads: int = setting(
+        1,
+        "threads of torch on the CPU, in each process; pictures are the same to the byte for the same number",
+        group="computing",
+    )
     factor_cache: Path | None = setting(
         None,
         "folder of decompositions, shared by all runs (default: the platform's cache folder)",
@@ -85,3 +121,9 @@ class SamplingConfig:
         "how much that folder may hold, such as 5GB; what was not used for longest goes first (default: 20 GiB)",
         group="computing",
     )
+
+    def __post_init__(self) -> None:
+        for name in _AXES:
+            value: Any = getattr(self, name)
+            if not isinstance(value, list):
+                object.__setattr__(self, name, [value])

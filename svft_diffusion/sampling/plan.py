@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from svft_diffusion.adapters.fitting import check_choice
+from svft_diffusion.adapters.weights import AdapterWeight
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import base_display_name
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
+from svft_diffusion.sampling.adapter_sets import LoadedSets, scaled, uses_in_prompt, words_of
+from svft_diffusion.sampling.adapter_use import AdapterUse, use_in_picture
 from svft_diffusion.sampling.config import SamplingConfig
-from svft_diffusion.sampling.png import read_png_settings
+from svft_diffusion.sampling.prompt_files import PromptRow, SubjectWords, fill_in, read_prompts
+from svft_diffusion.sampling.prompt_syntax import split_prompt
+from svft_diffusion.sampling.schedulers import DEFAULT, scheduler_name
 from svft_diffusion.version import __version__
 
-GRID_FILE = "grid.png"
 _LARGEST_SEED = 2**63 - 1
 _SLUG_LENGTH = 40
+_MOST_PICTURES = 100_000
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,12 @@ class PlannedRow:
     """The pictures that share everything but the seed."""
 
     label: str
-    prompt: str
-    weights: dict[str, float]  # adapter -> weight
+    prompt: str  # as the model reads it: without tags of adapters
+    negative_prompt: str
+    uses: dict[str, AdapterUse]  # adapter -> how it acts
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
     pictures: list[PlannedPicture]
 
 
@@ -46,22 +57,23 @@ def check_config(config: SamplingConfig) -> None:
     Raises:
         UserError: names the setting and what it may be.
     """
-    if not config.prompt:
+    if not config.prompt and config.prompts is None:
         raise UserError('what should be drawn? Give at least one --prompt "..."')
     if any(not prompt.strip() for prompt in config.prompt):
         raise UserError("a --prompt is empty")
-    if config.weights and not config.adapter:
-        raise UserError("--weights scales adapters, but there is no --adapter")
     if any(not -1e4 < weight < 1e4 for weight in config.weights):
         raise UserError("--weights must be finite numbers of a sensible size")
+    for name in ("seed", "num_inference_steps", "guidance_scale", "scheduler"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} holds no value")
     check_choice(config.on_mismatch)
-    if config.num_images < 1:
-        raise UserError(f"--num_images must be at least 1, got {config.num_images}")
-    check_picture_settings(config.seed + config.num_images - 1, config.num_inference_steps, config.guidance_scale)
-    check_picture_settings(config.seed, config.num_inference_steps, config.guidance_scale)
+    for name in ("num_images", "batch_size", "threads"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
     for name, size in (("height", config.height), ("width", config.width)):
         if size is not None and (size < 8 or size % 8):
             raise UserError(f"--{name} must be a multiple of 8, got {size}")
+    _check_axes(PromptRow(), config)
 
 
 def check_picture_settings(seed: int, num_inference_steps: int, guidance_scale: float) -> None:
@@ -78,40 +90,48 @@ def check_picture_settings(seed: int, num_inference_steps: int, guidance_scale: 
         raise UserError(f"guidance_scale must be between 0 and 1000, got {guidance_scale}")
 
 
-def plan_rows(config: SamplingConfig, adapters: Sequence[CheckedAdapter]) -> list[PlannedRow]:
-    """One row for each prompt and strength, in this order; one column for each seed."""
-    rows = []
-    for prompt_number, prompt in enumerate(config.prompt):
-        for strength in config.weights or [1.0]:
-            # Adding zero turns a negative zero into zero.
-            weights = {adapter.name: adapter.weight * strength + 0.0 for adapter in adapters}
-            strength_part = f"_w{strength:g}" if config.weights else ""
-            pictures = [
-                PlannedPicture(
-                    f"{prompt_number:03d}_{slug(prompt)}{strength_part}_seed{seed}.png",
-                    seed,
-                    picture_settings(
-                        base=config.pretrained_model_name_or_path,
-                        adapters=[(adapter, weights[adapter.name]) for adapter in adapters],
-                        prompt=prompt,
-                        negative_prompt=config.negative_prompt,
-                        seed=seed,
-                        num_inference_steps=config.num_inference_steps,
-                        guidance_scale=config.guidance_scale,
-                        dtype=config.dtype,
-                    ),
-                )
-                for seed in range(config.seed, config.seed + config.num_images)
-            ]
-            label = f"{prompt}\nstrength {strength:g}" if config.weights else prompt
-            rows.append(PlannedRow(label, prompt, weights, pictures))
+def read_prompt_rows(config: SamplingConfig) -> list[PromptRow]:
+    """The prompts of ``--prompt`` and ``--prompts``, with values that can work.
+
+    Raises:
+        UserError: see `svft_diffusion.sampling.prompt_files.read_prompts`.
+    """
+    rows = [PromptRow(prompt) for prompt in config.prompt]
+    if config.prompts is not None:
+        rows += read_prompts(config.prompts)
+    for row in rows:
+        _check_axes(row, config)
+    return rows
+
+
+def plan_rows(config: SamplingConfig, prompts: Sequence[PromptRow], loaded: LoadedSets) -> list[PlannedRow]:
+    """A row for each prompt, set of adapters, scheduler, number of steps, guidance and strength, in this order.
+
+    Raises:
+        UserError: strengths or sets without adapters, a prompt that names an unknown one or lacks the subject's words,
+            two pictures of the same name, or more pictures than anybody wants.
+    """
+    if config.weights and not loaded.adapters:
+        raise UserError("--weights scales adapters, but there is no --adapter")
+    combinations = sum(
+        len(_seeds(row, config)) * len(loaded.sets) * len(list(_combinations(row, config))) for row in prompts
+    )
+    if combinations > _MOST_PICTURES:
+        raise UserError(f"{combinations} pictures are asked for; at most {_MOST_PICTURES} in one folder")
+    rows = [
+        row
+        for number, prompt in enumerate(prompts)
+        for label in loaded.sets
+        for row in _rows_of(config, number, prompt, label, loaded)
+    ]
+    _check_names(rows)
     return rows
 
 
 def picture_settings(
     *,
     base: str,
-    adapters: Sequence[tuple[CheckedAdapter, float]],
+    adapters: Sequence[tuple[CheckedAdapter, AdapterUse | AdapterWeight]],
     prompt: str,
     negative_prompt: str,
     seed: int,
@@ -129,30 +149,15 @@ def picture_settings(
         "base": base_display_name(base),
         "dtype": dtype,
         "adapters": [
-            {"name": adapter.name, "weight": weight, "sha256": adapter.sha256} for adapter, weight in adapters
+            {
+                "name": adapter.name,
+                "weight": use_in_picture(use) if isinstance(use, AdapterUse) else use,
+                "sha256": adapter.sha256,
+            }
+            for adapter, use in adapters
         ],
         "version": f"svft_diffusion {__version__}",
     }
-
-
-def check_overwriting(output_dir: Path, rows: Sequence[PlannedRow], *, width: int | None, height: int | None) -> None:
-    """Refuse to replace pictures that were made with other settings; the same ones may be made again.
-
-    Args:
-        width: pixels; None where it is not known yet, like ``height``.
-
-    Raises:
-        UserError: names the first such file and the ways out.
-    """
-    sizes = {name: size for name, size in (("width", width), ("height", height)) if size is not None}
-    planned = {picture.file_name: picture.settings | sizes for row in rows for picture in row.pictures}
-    if len(planned) < sum(len(row.pictures) for row in rows):
-        raise UserError("two of the --weights are too close to get different file names")
-    planned[GRID_FILE] = {"pictures": list(planned)}
-    for name, settings in planned.items():
-        file = output_dir / name
-        if file.exists() and not _was_made_with(file, settings):
-            raise UserError(f"{file} is another picture; choose another --output_dir, or replace it with --overwrite")
 
 
 def slug(text: str) -> str:
@@ -166,9 +171,94 @@ def new_numbered_folder(parent: Path) -> Path:
     return parent / f"{max(taken, default=0) + 1:03d}"
 
 
-def _was_made_with(file: Path, settings: dict[str, Any]) -> bool:
-    try:
-        found = read_png_settings(file)
-    except UserError:
-        return False
-    return all(found.get(name) == value for name, value in settings.items())
+def _check_axes(row: PromptRow, config: SamplingConfig) -> None:
+    if row.num_images is not None and row.num_images < 1:
+        raise UserError(f"num_images must be at least 1, got {row.num_images}")
+    for seed in row.seed if row.seed is not None else config.seed:
+        last = seed + (row.num_images or config.num_images) - 1
+        for steps, guidance in product(
+            row.num_inference_steps or config.num_inference_steps, row.guidance_scale or config.guidance_scale
+        ):
+            check_picture_settings(last, steps, guidance)
+            check_picture_settings(seed, steps, guidance)
+    for name in row.scheduler or config.scheduler:
+        scheduler_name(name)
+
+
+def _seeds(row: PromptRow, config: SamplingConfig) -> list[int]:
+    """Every seed once, in the order given."""
+    images = row.num_images or config.num_images
+    if len(row.seed or config.seed) * images > _MOST_PICTURES:
+        raise UserError(f"{images} pictures for each seed are too many; at most {_MOST_PICTURES} in one folder")
+    return list(dict.fromkeys(first + i for first in row.seed or config.seed for i in range(images)))
+
+
+def _combinations(row: PromptRow, config: SamplingConfig) -> Iterator[tuple[str, int, float, float]]:
+    """Scheduler, steps, guidance and strength of each row of pictures."""
+    schedulers = dict.fromkeys(scheduler_name(name) for name in row.scheduler or config.scheduler)
+    steps = dict.fromkeys(row.num_inference_steps or config.num_inference_steps)
+    return product(
+        schedulers, steps, dict.fromkeys(row.guidance_scale or config.guidance_scale), config.weights or [1.0]
+    )
+
+
+def _rows_of(
+    config: SamplingConfig, number: int, given: PromptRow, set_label: str, loaded: LoadedSets
+) -> Iterator[PlannedRow]:
+    """The rows of one prompt and set. File names and labels tell what differs among those of this prompt."""
+    text, tags = split_prompt(given.prompt)
+    uses = uses_in_prompt(loaded.sets[set_label], tags, loaded, given.prompt)
+    prompt = fill_in(text, words_of(uses, loaded, SubjectWords(config.token, config.class_word)))
+    if not prompt:
+        raise UserError(f"the prompt {given.prompt[:80]!r} holds tags of adapters alone; say what to draw")
+    combinations = list(_combinations(given, config))
+    differing = [len({values[axis] for values in combinations}) > 1 for axis in range(3)]
+    negative_prompt = config.negative_prompt if given.negative_prompt is None else given.negative_prompt
+    for scheduler, steps, guidance, strength in combinations:
+        parts = {  # of the file name -> of the label
+            f"_{slug(set_label)}": set_label if set_label else None,
+            f"_{scheduler}": scheduler if differing[0] else None,
+            f"_steps{steps}": f"{steps} steps" if differing[1] else None,
+            f"_cfg{guidance:g}": f"guidance {guidance:g}" if differing[2] else None,
+            f"_w{strength:g}": f"strength {strength:g}" if config.weights else None,
+        }
+        told = {part: label for part, label in parts.items() if label is not None}
+        stem = (given.name or f"{number:03d}_{slug(prompt)}") + "".join(told)
+        scaled_uses = {name: scaled(use, strength) for name, use in uses.items()}
+        pictures = [
+            PlannedPicture(
+                f"{stem}_seed{seed}.png",
+                seed,
+                picture_settings(
+                    base=config.pretrained_model_name_or_path,
+                    adapters=[(loaded.adapters[name], use) for name, use in scaled_uses.items()],
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    seed=seed,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    dtype=config.dtype,
+                )
+                | ({} if scheduler == DEFAULT else {"scheduler_option": scheduler})
+                | ({} if config.batch_size == 1 else {"batch_size": config.batch_size}),
+            )
+            for seed in _seeds(given, config)
+        ]
+        label = "\n".join([prompt, *told.values()])
+        yield PlannedRow(label, prompt, negative_prompt, scaled_uses, scheduler, steps, guidance, pictures)
+
+
+def _check_names(rows: Sequence[PlannedRow]) -> None:
+    """Some systems don't tell the case of letters in names."""
+    named: dict[str, PlannedPicture] = {}
+    for row in rows:
+        for picture in row.pictures:
+            other = named.setdefault(picture.file_name.casefold(), picture)
+            if other is picture:
+                continue
+            if json.dumps(other.settings) != json.dumps(picture.settings) and other.file_name == picture.file_name:
+                raise UserError(
+                    f"two pictures would be called {picture.file_name}: weights, guidance scales or names of sets are "
+                    "too close to get different file names, or two prompts have one name"
+                )
+            raise UserError(f"{picture.file_name} would be drawn twice; give each value and each name once")

@@ -8,6 +8,7 @@ come the adapters that the picture carries, see `svft_diffusion.files.carrier`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.carrier import ADAPTER_CHUNK, SETTINGS_KEYWORD
 from svft_diffusion.files.whole_files import replace_when_whole
+from svft_diffusion.sampling.parameters import parameters_text
 
 PARAMETERS_CHUNK = "parameters"
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any], adapters: Sequence[bytes] = ()) -> Path:
@@ -50,11 +54,21 @@ def read_png_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a damaged file, or a picture without settings of this product.
     """
+    return read_png(path)[1]
+
+
+def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any]]:
+    """A picture of `save_png`, decoded, and its settings.
+
+    Raises:
+        UserError: as `read_png_settings`.
+    """
     path = Path(path)
     try:
         with Image.open(path, formats=["PNG"]) as image:
             assert isinstance(image, PngImageFile)
             image.load()
+            picture = image.copy()
             text = image.text.get(SETTINGS_KEYWORD)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise UserError(f"{path} can't be read as a PNG picture: {problem}") from problem
@@ -66,31 +80,32 @@ def read_png_settings(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} holds damaged settings: {problem}") from problem
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds damaged settings: not an object")
-    return settings
+    return picture, settings
 
 
-def parameters_text(settings: Mapping[str, Any]) -> str:
-    """The prompt, the negative prompt, and one line of ``Name: value`` pairs, as other tools write them."""
-    lines = [str(settings["prompt"])]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    adapters = ", ".join(f"{adapter['name']}: {adapter['weight']:g}" for adapter in settings.get("adapters", ()))
-    size = f"{settings['width']}x{settings['height']}" if "width" in settings and "height" in settings else None
-    pairs = {
-        "Steps": settings.get("num_inference_steps"),
-        "Sampler": settings.get("scheduler"),
-        "CFG scale": settings.get("guidance_scale"),
-        "Seed": settings.get("seed"),
-        "Size": size,
-        "Model": settings.get("base"),
-        "Adapters": adapters or None,
-        "Version": settings.get("version"),
-    }
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
-    return "\n".join(lines)
+def is_damaged_png(path: Path) -> bool:
+    """Whether a file is a PNG picture without its end, as a power cut leaves it, or can't be decoded; so is an empty
+    file. What is no PNG at all is not damaged, but something else.
 
-
-def _quoted(value: Any) -> str:
-    """Text with a character that separates pairs goes into JSON quotes; readers of this format undo exactly that."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(_SIGNATURE))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - len(_END)))
+            end = file.read()
+    except OSError as problem:
+        raise UserError(f"{path} can't be read: {problem.strerror or problem}") from problem
+    if beginning != _SIGNATURE:
+        return not beginning
+    if end != _END:
+        return True
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):
+        return True
+    except Image.DecompressionBombError:
+        return False
+    return False

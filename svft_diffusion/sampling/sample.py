@@ -1,43 +1,59 @@
-"""The sampler: every prompt at every strength with every seed, each picture on its own, and a grid of all."""
+"""The sampler: every combination of prompts, adapters and settings with every seed, each picture on its own."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
-from svft_diffusion.adapters import load_adapter, set_adapters
+from svft_diffusion.adapters import load_adapter
 from svft_diffusion.adapters.fitting import OnMismatch
+from svft_diffusion.adapters.weights import AdapterWeight, layers_with_weights
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.whole_files import check_writable
-from svft_diffusion.models.loading import default_resolution, load_pipeline, resolve_base
+from svft_diffusion.models.loading import default_resolution, resolve_base
 from svft_diffusion.models.text import truncated_text
-from svft_diffusion.sampling.adapter_choice import check_adapters, parse_adapter_choice, refuse_twice
+from svft_diffusion.sampling.acting import acting_adapters
+from svft_diffusion.sampling.adapter_choice import refuse_twice
+from svft_diffusion.sampling.adapter_sets import AdapterSets, LoadedSets, check_sets, entries_of
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.devices import resolve_device
+from svft_diffusion.sampling.drawing import arguments_of_few, facts_of, generate, generate_batch, open_pipeline
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
-from svft_diffusion.sampling.grid import labelled_grid
+from svft_diffusion.sampling.folder import finished_pictures
+from svft_diffusion.sampling.overview import write_overview
 from svft_diffusion.sampling.plan import (
-    GRID_FILE,
+    PlannedPicture,
     PlannedRow,
     check_config,
-    check_overwriting,
     new_numbered_folder,
     plan_rows,
+    read_prompt_rows,
 )
 from svft_diffusion.sampling.png import save_png
+from svft_diffusion.sampling.schedulers import make_scheduler
+from svft_diffusion.sampling.spreading import (
+    Process,
+    device_of,
+    drawing,
+    this_process,
+    threads_of_torch,
+    wait_for_others,
+)
+from svft_diffusion.terminal import printable
 
 __all__ = ["SamplingConfig", "SamplingResult", "facts_of", "generate", "open_pipeline", "sample"]
 
 DEFAULT_OUTPUT_PARENT = Path("outputs/samples")
+
+_Batch = tuple[list[PlannedPicture], list[PlannedPicture]]  # all of its pictures, and those that are missing
 
 
 @dataclass(frozen=True)
@@ -46,35 +62,71 @@ class SamplingResult:
 
     output_dir: Path
     pictures: list[Path]
-    grid: Path
+    made: int  # of the pictures, by this process; the others were there, or other processes made them
+    grids: list[Path]  # none from processes other than the first
+    index: Path | None
     embedded: dict[str, int]  # adapters that the pictures carry where they act, with their sizes in bytes
 
+    @property
+    def grid(self) -> Path:
+        """The first of the grids."""
+        return self.grids[0]
 
-def sample(config: SamplingConfig) -> SamplingResult:
-    """Generate the pictures that ``config`` asks for. Picture i of every prompt and strength has seed + i.
+
+def sample(config: SamplingConfig, adapters: AdapterSets | None = None) -> SamplingResult:
+    """Generate the pictures that ``config`` asks for, but those that are there already.
+
+    Picture i of every combination has seed + i. Processes that ``accelerate launch`` started share the work; the first
+    one writes grids and index when all are done.
+
+    Args:
+        adapters: with how they act, and sets of them to compare; those of ``config.adapter`` if None.
 
     Raises:
-        UserError: settings, adapters or output folder that can't work, before the base model is loaded.
+        UserError: settings, adapters or output folder that can't work, before anything is drawn.
     """
     check_config(config)
+    process = this_process()
     use_cache(config.factor_cache, config.factor_cache_size)
-    device = resolve_device(config.device)
+    device = resolve_device(device_of(process, config.device))
     resolve_base(config.pretrained_model_name_or_path, config.base_config)
-    adapters = check_adapters(
-        [parse_adapter_choice(text) for text in config.adapter],
+    prompts = read_prompt_rows(config)
+    loaded = check_sets(
+        adapters or AdapterSets(entries_of(config.adapter)),
         config.pretrained_model_name_or_path,
         variant=config.variant,
         on_mismatch=cast(OnMismatch, config.on_mismatch),
     )
-    embedded = adapters_to_embed(adapters, config.embed_adapter)
-    refuse_twice(adapters)
-    output_dir = config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
-    rows = plan_rows(config, adapters)
-    if not config.overwrite:
-        check_overwriting(output_dir, rows, width=config.width, height=config.height)
+    embedded = adapters_to_embed(list(loaded.adapters.values()), config.embed_adapter)
+    refuse_twice(loaded.adapters.values())
+    rows = plan_rows(config, prompts, loaded)
+    output_dir = _output_dir(config, process)
+    finished_pictures(output_dir, rows, width=config.width, height=config.height, overwrite=config.overwrite)
     check_writable(output_dir)
 
-    pipeline = open_pipeline(
+    with threads_of_torch(config.threads):
+        with drawing(output_dir, process):
+            work = _Work(_open_base(config, device), config, rows, output_dir, embedded)
+            finished = work.finished()
+            work.load(loaded, notes=process.is_first)
+            made = work.draw(finished, process)
+        if process.is_first and process.count > 1:
+            wait_for_others(output_dir, process)
+            made += work.draw(work.finished(), Process())  # what a process that was ended has left
+    grids, index = write_overview(output_dir, rows) if process.is_first else ([], None)
+    return SamplingResult(
+        output_dir,
+        [output_dir / picture.file_name for row in rows for picture in row.pictures],
+        made,
+        grids,
+        index,
+        embedded={name: len(content) for name, content in embedded.items()},
+    )
+
+
+def _open_base(config: SamplingConfig, device: torch.device) -> DiffusionPipeline:
+    """The base model of a run. Raises `UserError` if it can't be loaded."""
+    return open_pipeline(
         config.pretrained_model_name_or_path,
         device=device,
         dtype=config.dtype,
@@ -83,158 +135,104 @@ def sample(config: SamplingConfig) -> SamplingResult:
         base_config=config.base_config,
         disable_safety_checker=config.disable_safety_checker,
     )
-    resolution = default_resolution(pipeline)
-    config = replace(config, width=config.width or resolution, height=config.height or resolution)
-    if not config.overwrite:
-        check_overwriting(output_dir, rows, width=config.width, height=config.height)
-    for prompt in config.prompt:
-        if lost := truncated_text(pipeline, prompt):
-            tqdm.write(f"the text encoder does not read the end of a prompt: {lost!r}")
-    for adapter in adapters:
-        load_adapter(pipeline, adapter.file, adapter.name, on_mismatch=cast(OnMismatch, config.on_mismatch))
-    pictures = _generate_rows(pipeline, rows, config, output_dir, embedded)
-    return SamplingResult(
-        output_dir,
-        [path for row in pictures for path in row],
-        _save_grid(output_dir, rows, pictures),
-        embedded={name: len(content) for name, content in embedded.items()},
-    )
 
 
-def open_pipeline(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: str = "float32",
-    revision: str | None = None,
-    variant: str | None = None,
-    base_config: Path | None = None,
-    disable_safety_checker: bool = False,
-) -> DiffusionPipeline:
-    """The base model ``name`` on ``device``, ready for `generate`.
-
-    Raises:
-        UserError: the model can't be loaded.
-    """
-    pipeline = load_pipeline(
-        name, dtype=getattr(torch, dtype), revision=revision, variant=variant, base_config=base_config
-    )
-    if disable_safety_checker and getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.register_modules(safety_checker=None)
-        pipeline.register_to_config(requires_safety_checker=False)
-    return pipeline.to(device)
+def _output_dir(config: SamplingConfig, process: Process) -> Path:
+    if config.output_dir is None and process.count > 1:
+        raise UserError("several processes write to one folder: give --output_dir")
+    return config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
 
 
-def generate(
-    pipeline: DiffusionPipeline,
-    prompt: str,
-    *,
-    seed: int,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 4.0,
-    negative_prompt: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    max_sequence_length: int | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Image.Image:
-    """One picture: batch of one, noise from a generator on the CPU, so that it depends on nothing but its settings.
+class _Work:
+    """The pictures of a run and what draws them."""
 
-    Args:
-        pipeline: with its adapters at the wanted weights.
-        height: pixels; the base model's own when left out, like ``width``.
-        max_sequence_length: tokens that T5 reads (default: the pipeline's own); nothing to pipelines without it.
-        on_step: called after each denoising step with the number of steps done.
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        config: SamplingConfig,
+        rows: Sequence[PlannedRow],
+        output_dir: Path,
+        embedded: Mapping[str, bytes],
+    ) -> None:
+        self._pipeline = pipeline
+        self._config = config
+        self._rows = rows
+        self._output_dir = output_dir
+        self._embedded = embedded
+        resolution = default_resolution(pipeline)
+        self._height, self._width = config.height or resolution, config.width or resolution
+        self._schedulers = {name: make_scheduler(pipeline, name) for name in {row.scheduler for row in rows}}
 
-    Raises:
-        UserError: a negative prompt for a base model that takes none.
-    """
+    def finished(self) -> set[str]:
+        """See `finished_pictures`."""
+        return finished_pictures(
+            self._output_dir, self._rows, width=self._width, height=self._height, overwrite=self._config.overwrite
+        )
 
-    def report(_pipeline: DiffusionPipeline, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(step + 1)
-        return tensors
+    def load(self, loaded: LoadedSets, *, notes: bool) -> None:
+        """Load the adapters, and check what only the model can tell; with ``notes`` on prompts that are too long.
 
-    pipeline.set_progress_bar_config(disable=True)
-    result = pipeline(
-        prompt=prompt,
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        callback_on_step_end=report,
-        **_arguments_of_few(pipeline, negative_prompt, max_sequence_length),
-    )
-    image: Image.Image = result.images[0]
-    return image
+        Raises:
+            UserError: an adapter that doesn't fit, a weight of a component or block that it doesn't have, or a negative
+                prompt for a model that takes none.
+        """
+        for adapter in loaded.adapters.values():
+            on_mismatch = cast(OnMismatch, self._config.on_mismatch)
+            load_adapter(self._pipeline, adapter.file, adapter.name, on_mismatch=on_mismatch)
+        for weights in _distinct([{name: use.weight for name, use in row.uses.items()} for row in self._rows]):
+            layers_with_weights(self._pipeline, weights)
+        for negative_prompt in {row.negative_prompt for row in self._rows}:
+            arguments_of_few(self._pipeline, negative_prompt)
+        for prompt in dict.fromkeys(row.prompt for row in self._rows) if notes else ():
+            if lost := truncated_text(self._pipeline, prompt):
+                tqdm.write(f"the text encoder does not read the end of a prompt: {printable(repr(lost), 200)}")
 
+    def draw(self, finished: set[str], process: Process) -> int:
+        """Draw the share of ``process`` in what is not ``finished``; the number of pictures made."""
+        shares = list(self._share(finished, process))
+        made = 0
+        total = sum(len(missing) for _, batches in shares for _, missing in batches)
+        with tqdm(total=total, unit="picture", disable=not process.is_first or not total) as progress:
+            for row, batches in shares:
+                self._pipeline.scheduler = self._schedulers[row.scheduler]
+                with acting_adapters(self._pipeline, row.uses):
+                    for batch, missing in batches:
+                        self._draw_batch(row, batch, missing)
+                        made += len(missing)
+                        progress.update(len(missing))
+        return made
 
-def _arguments_of_few(
-    pipeline: DiffusionPipeline, negative_prompt: str, max_sequence_length: int | None
-) -> dict[str, Any]:
-    """Arguments that not every pipeline takes.
+    def _share(self, finished: set[str], process: Process) -> Iterator[tuple[PlannedRow, list[_Batch]]]:
+        """The batches of a process with their missing pictures. A batch is drawn whole, as its pixels depend on it."""
+        number = 0
+        for row in self._rows:
+            batches: list[_Batch] = []
+            for start in range(0, len(row.pictures), self._config.batch_size):
+                batch = row.pictures[start : start + self._config.batch_size]
+                missing = [picture for picture in batch if picture.file_name not in finished]
+                if missing and number % process.count == process.index:
+                    batches.append((batch, missing))
+                number += 1
+            if batches:
+                yield row, batches
 
-    Raises:
-        UserError: a negative prompt for one whose guidance compares with nothing, as that of Flux.
-    """
-    known = inspect.signature(type(pipeline).__call__).parameters
-    arguments: dict[str, Any] = {}
-    if negative_prompt:
-        if "negative_prompt" not in known or "true_cfg_scale" in known:
-            raise UserError("this base model takes no negative prompt; leave it out")
-        arguments["negative_prompt"] = negative_prompt  # without one, SDXL takes zeros, which "" is not
-    if max_sequence_length is not None and "max_sequence_length" in known:
-        arguments["max_sequence_length"] = max_sequence_length
-    return arguments
-
-
-def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:
-    """Settings of a picture that are known after its making only: its size and the base model's scheduler."""
-    scheduler = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
-    return {"width": image.width, "height": image.height, "scheduler": scheduler}
-
-
-def _generate_rows(
-    pipeline: DiffusionPipeline,
-    rows: list[PlannedRow],
-    config: SamplingConfig,
-    output_dir: Path,
-    embedded: Mapping[str, bytes],
-) -> list[list[Path]]:
-    paths: list[list[Path]] = []
-    with tqdm(total=sum(len(row.pictures) for row in rows), unit="picture") as progress:
-        for row in rows:
-            set_adapters(pipeline, row.weights)
-            paths.append([])
-            for picture in row.pictures:
-                image = generate(
-                    pipeline,
-                    row.prompt,
-                    seed=picture.seed,
-                    num_inference_steps=config.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
-                    negative_prompt=config.negative_prompt,
-                    height=config.height,
-                    width=config.width,
-                )
-                settings = picture.settings | facts_of(pipeline, image)
-                carried = embedded_in_picture(embedded, row.weights)
-                paths[-1].append(save_png(image, output_dir / picture.file_name, settings, carried))
-                progress.update()
-    return paths
+    def _draw_batch(self, row: PlannedRow, batch: list[PlannedPicture], missing: list[PlannedPicture]) -> None:
+        images = generate_batch(
+            self._pipeline,
+            row.prompt,
+            seeds=[picture.seed for picture in batch],
+            num_inference_steps=row.num_inference_steps,
+            guidance_scale=row.guidance_scale,
+            negative_prompt=row.negative_prompt,
+            height=self._height,
+            width=self._width,
+        )
+        carried = embedded_in_picture(self._embedded, {name: use.weight for name, use in row.uses.items()})
+        for picture, image in zip(batch, images, strict=True):
+            if picture in missing:
+                settings = picture.settings | facts_of(self._pipeline, image)
+                save_png(image, self._output_dir / picture.file_name, settings, carried)
 
 
-def _save_grid(output_dir: Path, rows: list[PlannedRow], pictures: list[list[Path]]) -> Path:
-    grid = labelled_grid(
-        [[_opened(path) for path in row] for row in pictures],
-        [row.label for row in rows],
-        [f"seed {picture.seed}" for picture in rows[0].pictures],
-    )
-    return save_png(grid, output_dir / GRID_FILE, {"pictures": [path.name for row in pictures for path in row]})
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-        return image
+def _distinct(weights: Sequence[dict[str, AdapterWeight]]) -> list[dict[str, AdapterWeight]]:
+    return list({json.dumps(of_row): of_row for of_row in weights}.values())
