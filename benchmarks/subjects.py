@@ -22,7 +22,7 @@ import torch
 from svft_diffusion.cli.arguments import Parser, add_settings, config_from_options
 from svft_diffusion.cli.demo import Personalization, comparison_rows, personalize
 from svft_diffusion.cli.train import read_settings
-from svft_diffusion.evaluation.personalization import bootstrap_interval
+from svft_diffusion.evaluation.intervals import bootstrap_interval
 from svft_diffusion.evaluation.toy_subjects import PROMPT_SCENES, ToySubject, held_out_subjects, write_photos
 from svft_diffusion.sampling.grid import labelled_grid
 from svft_diffusion.settings import setting

@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from svft_diffusion.evaluation.personalization import bootstrap_interval, similarity_scale, subject_similarity
+from svft_diffusion.evaluation.intervals import bootstrap_interval
+from svft_diffusion.evaluation.personalization import similarity_scale, subject_similarity
 from svft_diffusion.evaluation.toy_subjects import (
     PHOTO_SCENES,
     PROMPT_SCENES,

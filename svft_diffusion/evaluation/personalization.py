@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 from PIL import Image
 
 from svft_diffusion.evaluation.toy_subjects import ToySubject
@@ -67,13 +66,3 @@ def through_autoencoder(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> 
     decoded = vae.decode(vae.encode(images_to_tensor(pictures).to(vae.dtype)).latent_dist.mean).sample
     pixels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
-
-
-def bootstrap_interval(
-    differences: Sequence[float] | NDArray[np.float64], *, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of paired differences, resampling subjects."""
-    values = np.asarray(differences, dtype=np.float64)
-    picked = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)

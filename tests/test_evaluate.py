@@ -1,0 +1,174 @@
+"""``svft-diffusion evaluate`` from end to end: an adapter, a run, a list of subjects; resuming; refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from adapter_files import write_models
+
+from svft_diffusion import SVFTConfig, save_adapter
+from svft_diffusion.adapters import add_training_adapter
+from svft_diffusion.cli.main import main
+from svft_diffusion.evaluation import drawing
+from svft_diffusion.evaluation.report import EvaluationReport, read_report
+from svft_diffusion.evaluation.toy_subjects import demonstration_subject, held_out_subjects, write_photos
+from svft_diffusion.files import AdapterMetadata
+from svft_diffusion.models import EMBEDDED_MODEL, load_pipeline
+from svft_diffusion.sampling.png import read_png_settings
+
+QUICK = ["--num_prompts", "2", "--num_images", "1", "--num_class_images", "2", "--num_inference_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of a subject, and a training folder with two adapters for the embedded model in its history."""
+    folder = tmp_path_factory.mktemp("world")
+    write_photos(demonstration_subject(), folder / "photos")
+    pipe = load_pipeline(EMBEDDED_MODEL)
+    metadata = AdapterMetadata(base_name=EMBEDDED_MODEL, trigger="sks", class_word="robot")
+    trained = add_training_adapter(pipe, SVFTConfig(), "new")
+    for step in (10, 20):
+        generator = torch.Generator().manual_seed(step)
+        for values in trained:
+            values.data.copy_(0.02 * step * torch.randn(values.shape, generator=generator))
+        save_adapter(pipe, "new", folder / "run" / "history" / f"step-{step}.safetensors", metadata=metadata)
+    save_adapter(pipe, "new", folder / "run" / "adapter.safetensors", metadata=metadata)
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"instance_data_dir": str(folder / "photos")}))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts of the pictures that are drawn."""
+    prompts: list[str] = []
+
+    def generate(pipeline: Any, prompt: str, **options: Any) -> Any:
+        prompts.append(prompt)
+        return original(pipeline, prompt, **options)
+
+    original = drawing.generate
+    monkeypatch.setattr(drawing, "generate", generate)
+    return prompts
+
+
+def evaluated(output_dir: Path, *arguments: object) -> EvaluationReport:
+    assert main(["evaluate", *QUICK, "--output_dir", str(output_dir), *map(str, arguments)]) == 0
+    return read_report(output_dir)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_adapter_is_drawn_and_scored_and_the_second_run_draws_nothing(
+    world: Path, tmp_path: Path, drawn: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    report = evaluated(output, "--adapter", f"{world / 'run'}:0.5")
+    of_class = ["a photo of a robot on the beach", "a photo of a robot in the snow"]
+    of_subject = ["a photo of sks robot on the beach", "a photo of sks robot in the snow"]
+    assert drawn == [*of_class, *of_subject, *of_class]  # the base model's first
+    base, adapter = report.rows
+    assert (base.label, base.pictures, base.class_pictures) == ("base model", 0, 2)
+    assert (adapter.label, adapter.weight, adapter.pictures, adapter.class_pictures) == ("run at 0.5", 0.5, 2, 2)
+    assert base.scores["feature_drift:toy-identity"] == base.scores["pixel_drift:pixels"] == 0
+    assert adapter.scores["pixel_drift:pixels"] > 0.001  # the adapter acted on the class
+    assert adapter.scores["diversity:toy-text"] is None  # one picture for each prompt
+    assert 0.3 < adapter.scores["prompt_fidelity:toy-text"] <= 1
+    assert report.best == {} and report.summary == []
+    [subject] = report.subjects
+    assert (subject.token, subject.class_word, subject.prompts) == ("sks", "robot", of_subject)
+    assert subject.photo_scores["subject_fidelity:toy-identity"] > 0.8
+    [file] = output.glob("pictures/subject/run_at_0_5/subject/000_*.png")
+    assert read_png_settings(file)["adapters"][0]["weight"] == 0.5
+
+    before = files_of(output)
+    assert str(tmp_path) not in before["report.json"].decode() and str(world) not in before["report.json"].decode()
+    drawn.clear()
+    evaluated(output, "--adapter", f"{world / 'run'}:0.5")
+    assert drawn == [] and files_of(output) == before
+
+    file.write_bytes(file.read_bytes()[:200])  # as a power cut leaves it
+    [gone] = output.glob("pictures/subject/base/class/001_*.png")
+    gone.unlink()
+    evaluated(output, "--adapter", f"{world / 'run'}:0.5")
+    assert drawn == [of_class[1], of_subject[0]] and files_of(output) == before
+
+    capsys.readouterr()
+    assert main(["evaluate", *QUICK, "--output_dir", str(output), "--adapter", f"{world / 'run'}:0.6", "--seed=1"]) == 2
+    assert "report.json is of another evaluation" in capsys.readouterr().err
+    file.with_name("000_a-photo-of-sks-robot-on-the-beach_seed0.png").write_bytes(
+        next(output.glob("pictures/subject/base/class/000_*.png")).read_bytes()
+    )
+    assert main(["evaluate", *QUICK, "--output_dir", str(output), "--adapter", f"{world / 'run'}:0.5"]) == 2
+    assert "is another picture; choose another --output_dir" in capsys.readouterr().err
+
+
+def test_a_run_is_scored_step_by_step_and_the_best_is_picked(
+    world: Path, tmp_path: Path, drawn: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluated(tmp_path, "--run", world / "run", "--with_base")
+    assert [(row.label, row.step) for row in report.rows] == [
+        ("base model", None), ("step 10", 10), ("step 20", 20)
+    ]  # fmt: skip
+    assert len(drawn) == 3 * 4 and len({row.sha256 for row in report.rows}) == 3
+    assert report.deciding == ("subject_fidelity:toy-identity", "prompt_fidelity:toy-text")
+    first, second = ([row.scores[key] or 0 for key in report.deciding] for row in report.rows[1:])
+    assert second[0] > first[0] and second[1] > first[1]
+    assert report.best == {"subject": "step 20"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"pareto.png", "strip_all.png", "sheet_base.png", "sheet_step_10.png", "report.md"} <= written
+    told = capsys.readouterr().out
+    assert f"the best of subject: {report.best['subject']}" in told and "identity(toy-identity)" in told
+
+
+def test_subjects_of_a_list_have_means_with_intervals_and_kinds(world: Path, tmp_path: Path) -> None:
+    listed: list[dict[str, object]] = []
+    for subject, kind in zip(held_out_subjects(3), ("live", "object", "object"), strict=True):
+        write_photos(subject, world / subject.name)
+        adapter = str(world / "run" / "history" / "step-10.safetensors")
+        listed.append({"name": subject.name, "instance_data_dir": subject.name, "adapter": adapter, "kind": kind})
+    file = world / "subjects.yaml"
+    file.write_text(yaml.safe_dump(listed), encoding="utf-8")
+    report = evaluated(tmp_path, "--subjects", file, "--num_class_images", 0, "--backbone", "toy-identity")
+    assert [(group.group, group.subjects) for group in report.summary] == [("all", 3), ("live", 1), ("object", 2)]
+    key = "subject_fidelity:toy-identity"
+    values = [row.scores[key] or 0 for row in report.rows]
+    everyone, live, objects = report.summary
+    assert everyone.means[key] == pytest.approx(sum(values) / 3, abs=2e-6)
+    interval = everyone.intervals[key]
+    assert interval is not None and min(values) <= interval[0] <= interval[1] <= max(values)
+    assert live.intervals[key] is None and objects.intervals[key] is not None
+    assert report.deciding is None and "no backbone reads text" in report.notes[0]
+    assert "prior_preservation:toy-identity" not in report.titles
+
+
+def test_bases_that_do_not_match_are_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = write_models(tmp_path / "models")
+    toy = world / "run" / "adapter.safetensors"
+    output = tmp_path / "out"
+    photos = ["--instance_data_dir", str(world / "photos"), "--output_dir", str(output)]
+    assert main(["evaluate", *QUICK, *photos, "--adapter", str(toy), str(models.dog)]) == 2
+    assert "scores of different bases can't be compared" in capsys.readouterr().err
+    arguments = ["--adapter", str(toy), "--pretrained_model_name_or_path", str(models.base), "--backbone=toy-text"]
+    assert main(["evaluate", *QUICK, *photos, *arguments, "--prompts=toy"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error:") and told.count("\n") == 1 and "toybox" in told
+    assert not output.exists()
+
+
+def test_json_is_all_that_is_printed_and_the_same_work_gives_the_same_bytes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--adapter", world / "run", "--num_class_images", 0, "--num_prompts", 1]
+    evaluated(tmp_path / "a", *arguments)
+    capsys.readouterr()
+    evaluated(tmp_path / "b", *arguments, "--json")
+    told = capsys.readouterr().out
+    assert json.loads(told) == json.loads((tmp_path / "b" / "report.json").read_text("utf-8"))
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b") and len(files_of(tmp_path / "a")) == 4
