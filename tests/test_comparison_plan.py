@@ -1,0 +1,171 @@
+"""Which rows a comparison needs: sizes within budgets, the search for learning rates, the best few."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from svft_diffusion.comparison.config import CompareConfig
+from svft_diffusion.comparison.plan import Entry, Plan
+from svft_diffusion.comparison.questions import MAIN, QUESTIONS, SECOND
+from svft_diffusion.comparison.rows import FAILED, MEASURED, Result, Row, Rows, code_version
+from svft_diffusion.comparison.statistics import lines_of
+from svft_diffusion.comparison.subjects import ComparedSubject
+
+TWO = ["SVFT plain", "LoRA"]
+
+
+def answer(plan: Plan, rows: Rows, quality: Callable[[Row], float | None]) -> None:
+    """Results for everything that the plan asks for, until it asks for nothing more."""
+    while missing := plan.missing(rows):
+        for row in missing:
+            score = quality(row)
+            state = FAILED if score is None else MEASURED
+            numbers: dict[str, float | int | None] = {} if score is None else {"quality": score, "drift": 0.5}
+            rows.keep(row, Result(state, numbers, 1.0, code_version(), "diverged" if score is None else None))
+
+
+@pytest.fixture(scope="module")
+def everybody() -> Plan:
+    return Plan(CompareConfig())
+
+
+def test_every_contender_takes_its_largest_size_within_the_budget(everybody: Plan) -> None:
+    plan = everybody
+    assert {one.name for one in plan.excluded if one.budget == MAIN} == set()
+    sizes = {entry.name: entry.bytes for entry in plan.entries}
+    assert {entry.name for entry in plan.entries} == {one.name for one in QUESTIONS["methods"].contenders}
+    for entry in plan.entries:
+        ladder = entry.contender.ladder
+        if len(ladder) > 1:
+            assert entry.bytes <= 232_000, entry.name
+            place = ladder.index(entry.method)
+            larger = plan._bytes(ladder[place + 1]) if place + 1 < len(ladder) else 232_001
+            assert larger > 232_000, entry.name
+    assert sizes["LoRA"] == sizes["LoHa"] == 4 * 57_600 and sizes["SVFT banded"] == 4 * 47_188
+    assert sizes["SVFT random"] == 8 * 28_444  # its positions are stored, too
+    assert sizes["textual inversion"] == 4 * 256 and sizes["full fine-tuning"] == 4 * 6_108_072
+
+
+def test_methods_that_cannot_carry_a_kind_of_layer_are_listed_with_the_reason() -> None:
+    plan = Plan(CompareConfig(targets="all", methods=["LoRA", "VeRA", "SVFT plain"]))
+    reasons = {one.name: one.reason for one in plan.excluded if one.budget == MAIN}
+    assert reasons.keys() == {"LoRA", "VeRA"} and [entry.name for entry in plan.entries] == ["SVFT plain"]
+    assert "can't be put onto the unet" in reasons["LoRA"] and "GroupNorm" in reasons["LoRA"]
+    assert "Conv2d" in reasons["VeRA"]
+
+
+@pytest.mark.parametrize("name", sorted(QUESTIONS))
+def test_names_in_a_question_are_distinct(name: str) -> None:
+    names = [(one.name, one.budget) for one in QUESTIONS[name].contenders]
+    assert len(set(names)) == len(names) >= 5
+
+
+def test_both_sides_of_banded_or_diagonal_have_the_same_budget() -> None:
+    plan = Plan(CompareConfig(question="banded-or-diagonal"))
+    for budget, size in plan.budgets.items():
+        for entry in plan.entries:
+            if entry.budget == budget:
+                assert 0.7 * size < entry.bytes <= 1.05 * size, (entry.name, entry.bytes, size)
+
+
+def test_a_search_goes_on_beyond_an_edge_alike_in_both_directions(tmp_path: Path) -> None:
+    plan = Plan(CompareConfig(methods=TWO, num_subjects=2, num_seeds=1, second_best=0))
+    rows = Rows(tmp_path)
+    plain, lora = plan.entries
+
+    def quality(row: Row) -> float:
+        best = 2.0 if row.method is plain.method else 1e-4  # out of reach: above 0.1 x 3, and below 0.01 x 0.3
+        return 1 / (1 + abs(row.learning_rate - best))
+
+    answer(plan, rows, quality)
+    high, low = plan.search(plain, rows), plan.search(lora, rows)
+    assert sorted(high.scores) == [0.03, 0.1, 0.3, 0.9, 2.7] and high.best == 2.7 and high.best_at_edge
+    assert sorted(low.scores) == [0.0009, 0.003, 0.01, 0.03] or len(low.scores) == 5
+    assert low.best == min(low.scores) and low.best_at_edge
+
+
+def test_a_rate_that_diverges_on_one_subject_is_not_taken(tmp_path: Path) -> None:
+    plan = Plan(CompareConfig(methods=["LoRA"], num_subjects=2, num_seeds=1, second_best=0))
+    rows = Rows(tmp_path)
+    answer(
+        plan, rows, lambda row: None if row.learning_rate > 0.01 and row.subject.number == 101 else row.learning_rate
+    )
+    search = plan.search(plan.entries[0], rows)
+    assert search.scores == {0.003: 0.003, 0.01: 0.01, 0.03: None} and search.best == 0.01 and not search.best_at_edge
+
+
+def test_rates_are_searched_on_other_subjects(tmp_path: Path) -> None:
+    plan = Plan(CompareConfig(methods=TWO, num_subjects=3, num_seeds=2, second_best=0))
+    rows = Rows(tmp_path)
+    first = plan.missing(rows)
+    assert {row.subject.number for row in first} == {100, 101} and len(first) == 2 * 3 * 2
+    answer(plan, rows, lambda row: 0.5)
+    compared = [row for row in plan.all_rows(rows).values() if row.subject.number < 100]
+    assert {(row.subject.number, row.seed) for row in compared} == {(n, s) for n in range(3) for s in range(2)}
+
+
+def test_the_best_few_that_can_grow_and_the_reference_go_on_with_the_second_budget(tmp_path: Path) -> None:
+    methods = ["SVFT plain", "SVFT banded", "LoRA", "DoRA", "OFT"]
+    plan = Plan(
+        CompareConfig(methods=methods, num_subjects=2, num_seeds=1, second_best=1, lr_factors=[1.0], lr_extensions=0)
+    )
+    rows = Rows(tmp_path)
+    order = {"SVFT plain": 0.9, "SVFT banded": 0.8, "LoRA": 0.1, "DoRA": 0.2, "OFT": 0.3}
+    by_method = {json.dumps(entry.method.describe()): order[entry.name] for entry in plan.entries}
+    answer(plan, rows, lambda row: by_method.get(json.dumps(row.method.describe()), 0.5))
+    second: list[Entry] = [entry for entry in plan.settled(rows) if entry.budget == SECOND]
+    assert [entry.name for entry in second] == ["SVFT banded", "LoRA"]  # SVFT plain has one size
+    assert all(entry.bytes <= 116_000 for entry in second)
+
+
+def test_differences_are_taken_subject_by_subject_and_lost_subjects_left_out(tmp_path: Path) -> None:
+    plan = Plan(
+        CompareConfig(methods=TWO, num_subjects=3, num_seeds=2, second_best=0, lr_factors=[1.0], lr_extensions=0)
+    )
+    rows = Rows(tmp_path)
+    plain, _ = plan.entries
+    of_subject = [0.1, 0.5, 0.9]
+
+    def quality(row: Row) -> float | None:
+        if row.method is not plain.method:
+            return of_subject[row.subject.number]
+        if row.subject.number == 2:
+            return None
+        return of_subject[row.subject.number] + 0.1 + 0.02 * row.seed
+
+    answer(plan, rows, quality)
+    ours, lora = lines_of(plan, rows)
+    gain = ours.against_reference["quality"]
+    assert gain.subjects == 2 and gain.mean == pytest.approx(0.11)
+    assert gain.low == pytest.approx(0.11) and gain.high == pytest.approx(0.11)  # the same for every subject
+    assert lora.scores["quality"].mean == pytest.approx(0.5) and lora.scores["quality"].low == pytest.approx(0.1)
+    assert ours.failed == ["diverged", "diverged"] and ours.missing == 0
+
+
+def test_a_row_is_another_by_everything_that_it_follows_from(tmp_path: Path) -> None:
+    plan = Plan(CompareConfig(methods=TWO))
+    row = plan.missing(Rows(tmp_path))[0]
+    effort = replace(row.effort, steps=7)
+    others = [
+        replace(row, effort=effort),
+        replace(row, effort=replace(effort, targets="attention")),
+        replace(row, learning_rate=2 * row.learning_rate),
+        replace(row, seed=1),
+        replace(row, subject=ComparedSubject(5)),
+        replace(row, method=plan.entries[1].method),
+    ]
+    assert len({row.key, *(other.key for other in others)}) == 7
+    assert replace(row).key == row.key and all(len(one.content) == len(row.content) for one in others)
+
+
+def test_rows_of_another_code_count_only_where_it_is_said(tmp_path: Path) -> None:
+    row = Plan(CompareConfig(methods=TWO)).missing(Rows(tmp_path))[0]
+    Rows(tmp_path).keep(row, Result(MEASURED, {"quality": 0.5}, 1.0, "0123456789ab"))
+    assert Rows(tmp_path).find(row) is None
+    found = Rows(tmp_path, any_code=True).find(row)
+    assert found is not None and found.numbers == {"quality": 0.5}
