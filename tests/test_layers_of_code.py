@@ -16,8 +16,10 @@ PACKAGE = Path(svft_diffusion.__file__).parent
 # From the top down: a part imports those that stand below it.
 LAYERS = (
     ("cli",),
+    ("comparison", "editing"),
     ("app", "training"),
-    ("data", "evaluation"),
+    ("evaluation",),
+    ("data",),
     ("sampling", "inspection", "exchange", "algebra"),
     ("adapters",),
     ("models",),

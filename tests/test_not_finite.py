@@ -17,6 +17,7 @@ from training_runs import FREEZING, checkpoints, short_run
 from svft_diffusion.data.cutting import Cutter
 from svft_diffusion.training import self_check, setup, step, trainer
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.failure import _settings_without_folders
 from svft_diffusion.training.finite import TrainingDiverged
 from svft_diffusion.training.metrics import read_metrics
 from svft_diffusion.training.prompts import PromptTable
@@ -182,3 +183,12 @@ def test_result_is_tried_in_a_fresh_base_model(
     monkeypatch.setattr(self_check, "load_base", no_memory)
     train(replace(one, output_dir=config.output_dir / "third", check_result=True))
     assert "warning: adapter.safetensors was not tried in a fresh base model: not enough" in capsys.readouterr().out
+
+
+def test_report_names_no_folder_of_a_base_or_a_vae(tmp_path: Path) -> None:
+    config = TrainingConfig(
+        pretrained_model_name_or_path=str(tmp_path / "base"), pretrained_vae_model_name_or_path=str(tmp_path / "vae")
+    )
+    settings = _settings_without_folders(config)
+    names = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
+    assert [settings[name] for name in names] == ["base", "vae"]
