@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 # The embedded model is too small to gain from more threads, and equal pictures need an equal number of them.
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
+# Tests compute with one thread each; a file's tests stay together, for what they share.
+TEST_PROCESSES ?= 2
 
 .PHONY: help setup demo test test-slow test-fuzz test-faults lint subjects app clean
 
@@ -25,7 +27,7 @@ demo: setup  ## train on the five photos in samples/, compare with the base mode
 	$(BIN)/svft-diffusion demo --photos samples --output_dir outputs/demo
 
 test: setup lint  ## ruff, mypy and the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
