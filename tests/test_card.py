@@ -40,7 +40,7 @@ from svft_diffusion.files import (
 from svft_diffusion.files.weight_digests import digest_of_weight, digests_of_base
 from svft_diffusion.models import load_pipeline
 from svft_diffusion.sampling.config import SamplingConfig
-from svft_diffusion.training import hub, setup
+from svft_diffusion.training import hub, run
 from svft_diffusion.training.card import write_card
 from svft_diffusion.training.checks import check_settings
 from svft_diffusion.training.config import TrainingConfig
@@ -223,7 +223,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         hashed: list[object] = []
-        patch.setattr(setup, "digests_of_pipeline", lambda *given: hashed.append(1) or digests_of_pipeline(*given))
+        patch.setattr(run, "digests_of_pipeline", lambda *given: hashed.append(1) or digests_of_pipeline(*given))
         patch.setattr(runtime, "digests_of_pipeline", None)  # every file takes what the run knows
         train(config)
         assert len(hashed) == 1

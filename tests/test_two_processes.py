@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training_runs import arguments, short_run, trained_tensors
 
+from svft_diffusion.errors import Interrupted
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.interruption import Interruption
 from svft_diffusion.training.trainer import train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -73,3 +77,24 @@ def test_all_end_well_when_the_first_is_stopped_while_it_draws(tmp_path: Path) -
     said = log.read_text(encoding="utf-8", errors="replace")
     assert code == 0 and "Traceback" not in said and said.count("stopped") == 2, said
     assert not (config.output_dir / "stop").exists() and not list((tmp_path / "class").glob("*.used"))
+
+
+def test_signal_while_the_processes_agree_counts_at_the_next_step() -> None:
+    """Most of a step of several processes is waiting for the others: a signal that comes then must not be lost."""
+
+    class Accelerator:
+        num_processes = 2
+        device = torch.device("cpu")
+        signals = iter((True, False))
+
+        def gather(self, asked: torch.Tensor) -> torch.Tensor:
+            if next(self.signals):
+                signal.raise_signal(signal.SIGTERM)
+            return torch.cat([asked, torch.tensor([-1])])
+
+    accelerator: Any = Accelerator()
+    with Interruption(None) as interruption:
+        interruption.check_together(accelerator)  # the other process has heard nothing: both go on
+        with pytest.raises(Interrupted) as request:
+            interruption.check_together(accelerator)
+    assert request.value.exit_code == 143

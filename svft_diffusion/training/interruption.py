@@ -75,10 +75,14 @@ class Interruption:
 
     def check_together(self, accelerator: Accelerator) -> None:
         """Raise `Interrupted` in all processes if one of them was asked to end; all must call this after each step."""
-        if accelerator.num_processes > 1:
-            asked = torch.tensor([self._asked()], device=accelerator.device)
-            self._exit_code = int(accelerator.gather(asked).max())
-        self.check()
+        if accelerator.num_processes == 1:
+            self.check()
+            return
+        asked = torch.tensor([self._asked()], device=accelerator.device)
+        together = int(accelerator.gather(asked).max())
+        # A request that came while the processes told each other is theirs at the next step, and stays till then.
+        if together != _NOT_ASKED:
+            raise Interrupted(together)
 
     def _asked(self) -> int:
         if self._exit_code == _NOT_ASKED and self._stop_file_found():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.training_folder import METRICS_FILE, SAMPLES_FOLDER
@@ -12,6 +16,42 @@ from svft_diffusion.files.whole_files import remove_unfinished
 from svft_diffusion.training.checkpoints import existing_checkpoints, step_of
 from svft_diffusion.training.failure import FAILURE_FILE
 from svft_diffusion.training.history import HISTORY_FOLDER, has_history, history_files, sample_files
+
+_LOCK_FILE = ".running.lock"
+
+
+@contextlib.contextmanager
+def working_alone(output_dir: Path) -> Iterator[None]:
+    """While entered, no other run can begin in ``output_dir``; of several processes of a run, the first sees to that.
+
+    The operating system holds the lock, so that a killed run leaves none behind. Without such locks nothing is held.
+
+    Raises:
+        UserError: another run is at work there, or the folder can't be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    lock = FileLock(output_dir / _LOCK_FILE)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another run is at work in {output_dir}: wait for it, end it by a file named stop there, or choose "
+            "another --output_dir"
+        ) from None
+    except NotImplementedError:
+        yield
+        return
+    except OSError as problem:
+        raise UserError(f"can't write to {output_dir}: {problem.strerror or problem}") from problem
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            (output_dir / _LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
 
 
 def prepare_folder(output_dir: Path, first_step: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from accelerate.utils import tqdm  # shows a bar in the first process only
 from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.factors import use_cache
 from svft_diffusion.files.training_folder import ADAPTER_FILE
+from svft_diffusion.models.loading import base_display_name
 from svft_diffusion.terminal import output_may_vanish, printable
 from svft_diffusion.training.base import BaseLoader
 from svft_diffusion.training.card import write_card, write_config
@@ -30,7 +32,7 @@ from svft_diffusion.training.loss_plot import draw_loss
 from svft_diffusion.training.memory import out_of_memory_explained
 from svft_diffusion.training.metrics import FreezingLog, MetricsLog, start_tracker
 from svft_diffusion.training.optimizers import state_in_8_bits
-from svft_diffusion.training.output_folder import prepare_folder
+from svft_diffusion.training.output_folder import prepare_folder, working_alone
 from svft_diffusion.training.persistence import resume, save_result, save_run
 from svft_diffusion.training.photo_report import notes_on_photos, write_photos
 from svft_diffusion.training.quantization import quantization_in_words
@@ -87,9 +89,25 @@ def train(
         TrainingDiverged: something is no finite number any more; what was saved before stays.
         Interrupted: after Ctrl-C, another signal or a stop file; the adapter and a checkpoint are saved.
     """
+    with ExitStack() as alone:
+        if config.output_dir.is_dir():
+            alone.enter_context(working_alone(config.output_dir))
+            remove_leftovers(config.output_dir)  # before the check looks for checkpoints
+            inputs = check(config)
+        else:  # made for settings that can work, and not before
+            inputs = check(config)
+            alone.enter_context(working_alone(config.output_dir))
+        return _train_alone(config, inputs, on_step, load, stop_asked)
+
+
+def _train_alone(
+    config: TrainingConfig,
+    inputs: Inputs,
+    on_step: Callable[[StepReport], None] | None,
+    load: BaseLoader | None,
+    stop_asked: Callable[[], bool] | None,
+) -> TrainingResult:
     started = time.perf_counter()
-    remove_leftovers(config.output_dir)  # before the check looks for checkpoints
-    inputs = check(config)
     use_cache(config.factor_cache, config.factor_cache_size)
     # Training seeds torch at every step; the caller's own random numbers are not touched by that.
     with torch.random.fork_rng(devices=[]), output_may_vanish():
@@ -231,6 +249,7 @@ def _save_what_is_due(run: Run, step: int) -> None:
 
 def _announce(run: Run, first_step: int) -> None:
     say = run.accelerator.print
+    say(printable(f"base model: {base_display_name(run.config.pretrained_model_name_or_path)}"))
     for stream in run.streams:
         for prompt in dict.fromkeys(picture.prompt for picture in stream.pictures):
             if lost := run.family.truncated_text(prompt):
