@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,23 +89,20 @@ def train(
         TrainingDiverged: something is no finite number any more; what was saved before stays.
         Interrupted: after Ctrl-C, another signal or a stop file; the adapter and a checkpoint are saved.
     """
-    with ExitStack() as alone:
-        if config.output_dir.is_dir():
-            alone.enter_context(working_alone(config.output_dir))
+    is_new = not config.output_dir.is_dir()  # and is made for a run that can begin, not before
+    with nullcontext() if is_new else working_alone(config.output_dir):
+        if not is_new:
             remove_leftovers(config.output_dir)  # before the check looks for checkpoints
-            inputs = check(config)
-        else:  # made for settings that can work, and not before
-            inputs = check(config)
-            alone.enter_context(working_alone(config.output_dir))
-        return _train_alone(config, inputs, on_step, load, stop_asked)
+        return _train_checked(config, check(config), on_step, load, stop_asked, is_new)
 
 
-def _train_alone(
+def _train_checked(
     config: TrainingConfig,
     inputs: Inputs,
     on_step: Callable[[StepReport], None] | None,
     load: BaseLoader | None,
     stop_asked: Callable[[], bool] | None,
+    is_new: bool,
 ) -> TrainingResult:
     started = time.perf_counter()
     use_cache(config.factor_cache, config.factor_cache_size)
@@ -119,7 +116,9 @@ def _train_alone(
             memory = out_of_memory_explained(config, accelerator.device)
             with watch.interruption, watch.status, memory, compilation_explained(config):
                 run = prepare_run(config, inputs, accelerator, watch.progress, load=load)
-                with run.class_folders:
+                with run.class_folders as folders:
+                    if is_new:
+                        folders.enter_context(working_alone(config.output_dir))
                     return _train(run, inputs, started, watch, on_step)
         finally:
             accelerator.end_training()
