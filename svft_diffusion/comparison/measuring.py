@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from svft_diffusion.comparison.drawing import draw_together
 from svft_diffusion.comparison.memory import SavedBytes, bytes_of_training
 from svft_diffusion.comparison.methods import Method
 from svft_diffusion.comparison.subjects import ComparedSubject
@@ -26,7 +27,6 @@ from svft_diffusion.evaluation.measures import feature_drift, pixel_drift
 from svft_diffusion.evaluation.personalization import score_pictures
 from svft_diffusion.evaluation.toy_subjects import TOKEN
 from svft_diffusion.models import EMBEDDED_MODEL, load_pipeline
-from svft_diffusion.sampling.sample import generate
 from svft_diffusion.settings import config_from_mapping
 from svft_diffusion.toybox.readers import identity_embeddings, read_attributes
 from svft_diffusion.training.checks import check
@@ -192,11 +192,10 @@ def _judged(
         if isinstance(model, torch.nn.Module):
             model.eval()
 
-    def draw(prompt: str, seed: int) -> Image.Image:
-        return generate(
+    def draw(prompts: Sequence[str]) -> list[Image.Image]:
+        return draw_together(
             pipeline,
-            config.with_tokens(prompt),
-            seed=seed,
+            [config.with_tokens(prompt) for prompt in prompts],
             num_inference_steps=effort.inference_steps,
             guidance_scale=effort.guidance_scale,
         )
@@ -204,8 +203,8 @@ def _judged(
     word = _TOKEN_WORD if config.train_text_encoder_ti else TOKEN
     with torch.no_grad():
         prompts = [(scene, prompt) for _ in range(effort.pictures) for scene, prompt in subject.prompts(word)]
-        pictures = [draw(prompt, seed) for seed, (_, prompt) in enumerate(prompts)]
-        of_class = [draw(prompt, seed) for seed, prompt in enumerate(subject.drift_prompts())]
+        pictures = draw([prompt for _, prompt in prompts])
+        of_class = draw(subject.drift_prompts())
         base = subject.base_pictures(effort.inference_steps, effort.guidance_scale)
     scenes = [scene for scene, _ in prompts]
     scores = score_pictures(pictures, scenes, subject.toy)

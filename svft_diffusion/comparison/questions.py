@@ -84,11 +84,7 @@ _OURS = (
     ),
     Contender("SVDiff", (_spectral(method="svdiff"),), _DIAGONAL_RATE),
     Contender("VectorFit", (_spectral(method="vectorfit"),), _DIAGONAL_RATE),
-    Contender("VectorFit without AVF", (_spectral(method="vectorfit", freezing_number=0),), _DIAGONAL_RATE),
-    *(
-        Contender(f"SiVA {select}", (_spectral(method="siva", select=select),), _DIAGONAL_RATE)
-        for select in ("bottom", "top", "random")
-    ),
+    Contender("SiVA", (_spectral(method="siva"),), _DIAGONAL_RATE),
 )
 _OTHERS = (
     LORA,

@@ -36,8 +36,8 @@ _THUMBNAIL = 64  # pixels of the side of a kept picture
 # What decides on numbers; command lines, the app, file exchange and reports don't.
 _CODE = (
     "adapters", "data", "evaluation", "factors", "kernels", "models", "spectral", "toybox", "training",
-    "comparison/measuring.py", "comparison/memory.py", "comparison/methods.py", "comparison/peft_methods.py",
-    "comparison/subjects.py",
+    "comparison/drawing.py", "comparison/measuring.py", "comparison/memory.py", "comparison/methods.py",
+    "comparison/peft_methods.py", "comparison/subjects.py",
 )  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from svft_diffusion.comparison.drawing import draw_together
 from svft_diffusion.evaluation.toy_demonstration import write_class_prompts
 from svft_diffusion.evaluation.toy_subjects import PROMPT_SCENES, TOKEN, ToySubject, held_out_subjects, write_photos
 from svft_diffusion.models import EMBEDDED_MODEL, load_pipeline
-from svft_diffusion.sampling.sample import generate
 from svft_diffusion.toybox.world import CLASSES
 
 _FIRST_FOR_SEARCH = 100  # far behind all that anybody compares with
@@ -91,10 +91,7 @@ def _base_pictures(prompts: tuple[str, ...], inference_steps: int, guidance_scal
     pipeline = load_pipeline(EMBEDDED_MODEL)
     if torch.cuda.is_available():
         pipeline.to("cuda")
-    return [
-        generate(pipeline, prompt, seed=seed, num_inference_steps=inference_steps, guidance_scale=guidance_scale)
-        for seed, prompt in enumerate(prompts)
-    ]
+    return draw_together(pipeline, prompts, num_inference_steps=inference_steps, guidance_scale=guidance_scale)
 
 
 def _with_word(text: str, word: str) -> str:
