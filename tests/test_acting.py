@@ -19,7 +19,7 @@ from tiny_transformers import tiny_pipeline_flux, tiny_pipeline_sd3
 from torch import Tensor
 
 import svft_diffusion
-from svft_diffusion import SVDiffConfig, SVFTConfig, set_adapters
+from svft_diffusion import SVDiffConfig, SVFTConfig, per_sample_adapters, set_adapters
 from svft_diffusion.adapters import add_training_adapter
 from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.errors import UserError
@@ -27,7 +27,7 @@ from svft_diffusion.files.names import components_of
 from svft_diffusion.sampling.acting import acting_adapters
 from svft_diffusion.sampling.adapter_use import AdapterUse, parse_use, use_in_picture, use_to_json
 from svft_diffusion.sampling.prompt_syntax import split_prompt
-from svft_diffusion.sampling.regions import Region, shares
+from svft_diffusion.sampling.regions import Region, read_mask, shares
 from svft_diffusion.sampling.step_schedule import StepSchedule, parse_schedule, part_done
 
 ALWAYS = StepSchedule(((0.0, 1.0),))
@@ -158,19 +158,72 @@ def test_an_adapter_that_comes_late_leaves_the_first_steps_to_the_base(sd1: Diff
     assert not torch.equal(seen[-1], base[-1])
 
 
-def test_afterwards_the_pipeline_is_as_before(pipe: DiffusionPipeline) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_afterwards_the_pipeline_is_as_before(pipe: DiffusionPipeline, error: type[BaseException]) -> None:
     before = latents_of_base(pipe)
     uses = {"dog": AdapterUse(1.0, ALWAYS, LEFT)}
-    with pytest.raises(RuntimeError, match="in the middle"), acting_adapters(pipe, uses):
-        latents(pipe)
-        raise RuntimeError("in the middle")
-    set_adapters(pipe, {})
+
+    def stop(*_: Any) -> Any:
+        raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"), acting_adapters(pipe, uses):
+        latents(pipe, callback_on_step_end=stop)
     assert torch.equal(latents(pipe), before)
     assert "encode_prompt" not in vars(pipe)
     assert all("forward" not in vars(model) for model in components_of(pipe).values())
     layers = [layer for model in components_of(pipe).values() for layer in spectral_layers(model).values()]
     assert layers
     assert all(layer.sample_weights is None for layer in layers)
+
+
+def test_adapters_that_acted_before_act_again(sd1: DiffusionPipeline) -> None:
+    set_adapters(sd1, {"cat": 0.5})
+    before = latents(sd1)
+    drawn(sd1, {"dog": AdapterUse(1.0, ALWAYS)})
+    assert torch.equal(latents(sd1), before)
+
+
+def test_one_way_of_acting_at_a_time(sd1: DiffusionPipeline) -> None:
+    everywhere, left = {"dog": AdapterUse(1.0)}, {"dog": AdapterUse(1.0, region=LEFT)}
+    for uses in (everywhere, left):
+        for outer in (acting_adapters(sd1, left), per_sample_adapters(sd1, [{"cat": 1.0}])):
+            refused = pytest.raises(UserError, match="one inside of the other")
+            with outer, refused, acting_adapters(sd1, uses):
+                pass
+
+
+def test_compiled_denoiser_acts_alike(sd1: DiffusionPipeline) -> None:
+    uses = {"dog": AdapterUse(1.0, region=LEFT), "cat": AdapterUse(0.5)}
+    expected = drawn(sd1, uses)
+    whole = sd1.unet
+    sd1.unet = torch.compile(whole, backend="eager")
+    try:
+        assert close(drawn(sd1, uses), expected)
+    finally:
+        sd1.unet = whole
+        torch._dynamo.reset()
+
+
+def test_a_region_of_flux_keeps_what_to_avoid() -> None:
+    """Flux reads what to avoid as a prompt of its own, which is not the region's."""
+    pipe = with_adapters(tiny_pipeline_flux())
+    avoiding = {"negative_prompt": "two cats", "true_cfg_scale": 4.0}
+    told = Region((0.0, 0.0, 1.0, 1.0), prompt="a dog")
+    expected = drawn(pipe, {"dog": AdapterUse(1.0, ALWAYS)}, "a dog", **avoiding)
+    with acting_adapters(pipe, {"dog": AdapterUse(1.0, region=told)}):
+        for _ in range(2):
+            assert torch.equal(latents(pipe, "animals", **avoiding), expected)
+    assert not close(expected, drawn(pipe, {"dog": AdapterUse(1.0, ALWAYS)}, "a dog"), 1e-3)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipeline_sdxl])
+def test_a_region_has_its_prompt_beside_one_that_was_read_before(make: Callable[[], DiffusionPipeline]) -> None:
+    pipe = with_adapters(make())
+    texts = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    read = pipe.encode_prompt(["animals"] * 2, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    uses = {"dog": AdapterUse({"unet": 1.0}, region=Region(LEFT.box, prompt="a big dog"))}
+    expected = drawn(pipe, uses, ["animals"] * 2)
+    assert close(drawn(pipe, uses, None, **dict(zip(texts, read, strict=False))), expected)
 
 
 def test_several_pictures_in_a_batch(sd1: DiffusionPipeline) -> None:
@@ -214,6 +267,21 @@ def test_shares_add_up_to_one(tmp_path: Path) -> None:
     assert found[0, 4, 5] == 1.0  # nothing
 
 
+@pytest.mark.parametrize("kind", ["L", "RGBA", "LA", "P", "I;16"])
+def test_masks_of_every_kind(tmp_path: Path, kind: str) -> None:
+    """What is transparent is no part of the region, and 16 bits are as light as 8."""
+    grey = Image.fromarray(np.array([[0, 51, 255]], np.uint8))
+    if kind in ("RGBA", "LA"):
+        mask = Image.new(kind, (3, 1), "white")
+        mask.putalpha(grey)
+    elif kind == "I;16":
+        mask = Image.fromarray(np.array([[0, 51 * 257, 65535]], np.uint16))
+    else:
+        mask = grey.convert(kind)
+    mask.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").tolist() == [pytest.approx([0.0, 0.2, 1.0])]
+
+
 def test_a_box_covers_parts_of_cells() -> None:
     covered = Region((0.25, 0.0, 0.5, 1.0)).coverage(2, 6)
     assert covered.tolist() == [[0, 0.5, 1, 0, 0, 0]] * 2
@@ -228,6 +296,9 @@ def test_a_box_covers_parts_of_cells() -> None:
         ({"ramp_out": 0.5}, {0: 1, 0.5: 1, 0.75: 0.5, 1: 0}),
         ({"from": 0.4}, {0: 0, 0.39: 0, 0.4: 1, 1: 1}),
         ({"until": 0.6}, {0: 1, 0.59: 1, 0.6: 0, 1: 0}),
+        ({"until": 1}, {0: 1, 1: 1}),
+        ({"ramp_out": 0}, {0: 1, 1: 1}),
+        ({"ramp_in": 0}, {0: 1, 1: 1}),
     ],
 )
 def test_factors_of_schedules(schedule: object, values: dict[float, float]) -> None:
@@ -249,6 +320,7 @@ def test_part_done_counts_distinct_timesteps() -> None:
     assert [part_done(timesteps, float(step)) for step in timesteps] == [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1]
     assert part_done(timesteps, 748.0) == 1 / 3  # rounded to bfloat16
     assert part_done(torch.tensor([999]), 999.0) == 0
+    assert [part_done(timesteps.flip(0), float(step)) for step in timesteps] == [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from PIL import Image
 
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.editing.config import TRAINING_SETTINGS, EditConfig
+from svft_diffusion.editing.drawing import Editor
 from svft_diffusion.editing.fine_tuning import training_settings
 from svft_diffusion.errors import UserError
+from svft_diffusion.training import trainer
 from svft_diffusion.training.config import TrainingConfig
 
 
@@ -117,6 +120,72 @@ def test_files_are_not_replaced(
     more = ["--adapter", str(models.dog), "--strengths", "0", "1", "-o", str(tmp_path / "edit.png")]
     assert edit(models, photo, *IMG2IMG, *more) == 2
     assert "--overwrite" in capsys.readouterr().err and taken.read_bytes() == b"mine"
+
+
+def test_an_adapter_in_a_picture_is_not_replaced(
+    models: ModelsOnDisk, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    carrier = tmp_path / "carrier.png"
+    assert edit(models, photo, *IMG2IMG, "--adapter", str(models.dog), "--embed_adapter", "-o", str(carrier)) == 0
+    before = carrier.read_bytes()
+    again = [*IMG2IMG, "--adapter", f"{carrier}:0.5", "-o", str(carrier), "--overwrite"]
+    capsys.readouterr()
+    assert edit(models, photo, *again) == 2
+    assert "one of the files to read" in capsys.readouterr().err and carrier.read_bytes() == before
+
+
+def test_training_tells_no_place_that_goes_away(
+    models: ModelsOnDisk, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "edits" / "edit.png"
+    assert edit(models, photo, *INVERSION, "--max_train_steps", "1", "-o", str(output)) == 0
+    said = capsys.readouterr().out
+    assert "-training" not in said and "photo.png" not in said.replace(str(photo), "")
+    [adapter] = (output.parent / "adapters").iterdir()
+    assert f"training an adapter on the picture: {adapter}" in said
+
+
+def test_interrupted_training_says_how_to_go_on(
+    models: ModelsOnDisk,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step = trainer.optimizer_step
+
+    def interrupted_step(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", interrupted_step)
+    output = tmp_path / "edits" / "edit.png"
+    assert edit(models, photo, *INVERSION, "--max_train_steps", "3", "-o", str(output)) == 130
+    said = capsys.readouterr()
+    assert "the same edit goes on with it" in said.err and "resume_from_checkpoint" not in said.out + said.err
+
+
+def test_interrupted_drawing_says_what_is_kept(
+    models: ModelsOnDisk,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw, drawn = Editor.draw, []
+
+    def stop(editor: Editor, on_step: Any) -> Image.Image:
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(draw(editor, on_step))
+        return drawn[0]
+
+    monkeypatch.setattr(Editor, "draw", stop)
+    more = ["--adapter", str(models.dog), "--strengths", "0", "1", "-o", str(tmp_path / "edit.png")]
+    assert edit(models, photo, *IMG2IMG, *more) == 130
+    said = capsys.readouterr().err
+    assert "written: edit_strength0.png" in said and "--overwrite" in said
+    assert (tmp_path / "edit_strength0.png").is_file() and not (tmp_path / "edit_strength1.png").exists()
 
 
 def test_foreign_adapter_and_missing_photo(

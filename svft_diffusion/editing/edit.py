@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,7 @@ from svft_diffusion.sampling.grid import labelled_grid
 from svft_diffusion.sampling.plan import picture_settings, slug
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.prompt_syntax import split_prompt
+from svft_diffusion.terminal import printable
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.many.shared_base import SharedBase
 from svft_diffusion.training.trainer import StepReport
@@ -91,7 +93,7 @@ def edit_picture(
         check_mask_inside(inputs.mask, frame)
     for text in (config.prompt, config.source_prompt):
         if text is not None and (lost := truncated_text(pipeline, text)):
-            tqdm.write(f"the text encoder does not read the end of a prompt: {lost!r}")
+            tqdm.write(printable(f"the text encoder does not read the end of a prompt: {lost!r}"))
 
     adapters, uses, own = dict(inputs.adapters), dict(inputs.uses), None
     if inputs.training is not None:
@@ -113,7 +115,7 @@ def edit_picture(
         refuse_twice(adapters.values())
     _make_ready(pipeline, config, adapters)
 
-    work = _Work(config, inputs.picture, inputs.mask, frame, adapters, uses)
+    work = _Work(config, inputs.picture, inputs.mask, frame, adapters, uses, None if own is None else own.file)
     pictures = work.draw(pipeline, inputs.files.pictures)
     grid = work.save_grid(inputs.files.grid, pictures) if inputs.files.grid is not None else None
     return EditResult(pictures, grid, None if own is None else own.file, own is not None and own.reused)
@@ -185,7 +187,8 @@ def _output_files(photo: Path, config: EditConfig) -> _Files:
         strength: output.with_name(f"{output.stem}_strength{strength:g}.png") if several else output
         for strength in strengths
     }
-    inputs = [photo] if config.mask is None else [photo, config.mask]
+    inputs = [photo, *(entry.file for entry in entries_of(config.adapter))]
+    inputs += [] if config.mask is None else [config.mask]
     for file in (output, *pictures.values()):
         check_new_file(file, overwrite=config.overwrite, inputs=inputs)
     if config.source_prompt is not None:
@@ -249,9 +252,23 @@ class _Work:
     frame: Frame
     adapters: dict[str, CheckedAdapter]
     uses: dict[str, AdapterUse]
+    own: Path | None  # the adapter of the picture, if there is one
 
     def draw(self, base: DiffusionPipeline, files: Mapping[float, Path]) -> dict[float, Path]:
-        """Draw and write a picture for each strength."""
+        """Draw and write a picture for each strength, and say what there is if that is interrupted."""
+        written: dict[float, Path] = {}
+        try:
+            for strength, file in self._drawn(base, files):
+                written[strength] = file
+        except KeyboardInterrupt:
+            names = ", ".join(file.name for file in written.values())
+            again = f"written: {names}; give --overwrite with the same command, which draws all anew"
+            kept = "" if self.own is None else f"; the adapter of the picture is kept in {self.own}"
+            tqdm.write(printable(f"{again if written else 'no picture was written'}{kept}"), file=sys.stderr)
+            raise
+        return written
+
+    def _drawn(self, base: DiffusionPipeline, files: Mapping[float, Path]) -> Iterator[tuple[float, Path]]:
         mask = None if self.mask is None else self.frame.fitted_mask(self.mask)
         pipeline = drawing_pipeline(base, self.config)
         editor = Editor(base, pipeline, self.frame.fitted(self.picture), mask, self.config)
@@ -268,8 +285,7 @@ class _Work:
                     "height": image.height,
                     "scheduler": editor.scheduler_name,
                 }
-                save_png(image, file, settings, embedded_in_picture(embedded, weights))
-        return dict(files)
+                yield strength, save_png(image, file, settings, embedded_in_picture(embedded, weights))
 
     def save_grid(self, file: Path, pictures: Mapping[float, Path]) -> Path:
         """The source and the pictures beside each other."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 
 from svft_diffusion.data.photos import MASK_SUFFIX
 from svft_diffusion.editing.config import TRAINING_SETTINGS, EditConfig
 from svft_diffusion.editing.frame import Frame, picture_digest
-from svft_diffusion.errors import UserError
+from svft_diffusion.errors import Interrupted, UserError
 from svft_diffusion.files import fingerprint_of_pipeline
 from svft_diffusion.files.names import base_module, canonical_name
 from svft_diffusion.files.whole_files import replace_when_whole
@@ -148,7 +152,16 @@ def picture_adapter(
     place = {"instance_data_dir": str(photos), "output_dir": str(run)}
     if existing_checkpoints(run):
         place["resume_from_checkpoint"] = "latest"
-    result = train(config_from_mapping(TrainingConfig, values | place), on_step=on_step, load=load)
+    goes_on = "resume_from_checkpoint" in place
+    tqdm.write(f"training an adapter on the picture{', where an earlier edit was stopped' if goes_on else ''}: {file}")
+    try:
+        # What a training says is of files and flags that an edit has not.
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = train(config_from_mapping(TrainingConfig, values | place), on_step=on_step, load=load)
+    except Interrupted:
+        if existing_checkpoints(run):
+            tqdm.write(f"the training is kept in {run}, and the same edit goes on with it", file=sys.stderr)
+        raise
     with replace_when_whole(file) as unfinished:
         shutil.copyfile(result.adapter, unfinished)
     shutil.rmtree(run, ignore_errors=True)  # what is left of it, such as on a network drive, costs only room

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svft_diffusion.adapters.layers import SpectralLayer
 from svft_diffusion.adapters.weights import layers_with_weights, set_adapters
+from svft_diffusion.errors import UserError
 from svft_diffusion.files.names import TEXT_ENCODERS
 from svft_diffusion.sampling.adapter_use import AdapterUse
 from svft_diffusion.sampling.regions import Region, shares
@@ -28,6 +29,9 @@ _DENOISERS = ("unet", "transformer")
 # Arguments of denoisers that hold what the text encoders said; a batch of them has the prompts of all passes.
 _OF_TEXT = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "added_cond_kwargs")
 
+# What else `encode_prompt` takes of the prompt, beside ``prompt``.
+_OTHER_PROMPTS = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds")
+
 LayerWeights = Sequence[tuple[SpectralLayer, Mapping[str, float]]]
 
 
@@ -36,24 +40,23 @@ def acting_adapters(pipe: DiffusionPipeline, uses: Mapping[str, AdapterUse]) -> 
     """Within the context, the pipeline draws with the adapters as ``uses`` says; those not mentioned are off.
 
     Uses that are a weight alone are left to `set_adapters`, at full speed, and stay after the context. With a region or
-    a schedule the adapters are computed beside the base layers; schedules act on the denoiser, since the text encoders
-    speak before the first step. Not for several threads at once.
+    a schedule the adapters are computed beside the base layers, and afterwards the pipeline is as before; schedules act
+    on the denoiser, since the text encoders speak before the first step. Not for several threads at once.
 
     Raises:
-        UserError: as `set_adapters`.
+        UserError: as `set_adapters`, or inside of another such context or of `per_sample_adapters`.
     """
-    weights = {name: use.weight for name, use in uses.items()}
-    set_adapters(pipe, weights)
+    _refuse_within_another(pipe)
     if all(use.is_plain for use in uses.values()):
+        set_adapters(pipe, {name: use.weight for name, use in uses.items()})
         yield
         return
     acting = _Acting(pipe, uses)
-    component = next(name for name in _DENOISERS if getattr(pipe, name, None) is not None)
-    denoiser = getattr(pipe, component)
+    denoiser = acting.denoiser
     with (
         _replaced(denoiser, "forward", acting.denoise_with(denoiser.forward)),
         _replaced(pipe, "encode_prompt", acting.encode_with(pipe.encode_prompt)),
-        acting.layers_restored(),
+        acting.layers_taken(),
     ):
         yield
 
@@ -91,7 +94,10 @@ class _Acting:
             here = everywhere | {name: use for name, use in uses.items() if use.region == region}
             layers = layers_with_weights(pipe, {name: use.weight for name, use in here.items()})
             self._passes.append(_Pass(region, here, layers))
+        self.denoiser = next(model for name in _DENOISERS if (model := getattr(pipe, name, None)) is not None)
+        self._uncompiled = getattr(self.denoiser, "_orig_mod", self.denoiser)  # what torch.compile wraps
         self._prompts = 0  # rows of one pass's text, set when the pipeline reads its prompts
+        self._has_prompt = False  # read since the denoiser ran last
         self._shares: dict[tuple[int, int], Tensor] = {}
 
     def encode_with(self, encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,11 +105,14 @@ class _Acting:
         signature = inspect.signature(encode_prompt)
 
         def encode(*args: Any, **kwargs: Any) -> Any:
+            # Flux reads what to avoid by a second call, and that is the same in every region.
+            is_avoided = self._has_prompt and "negative_prompt" not in signature.parameters
+            self._has_prompt = True
             results = []
             for one in self._passes:
                 one.enter(TEXT_ENCODERS)
                 arguments = signature.bind(*args, **kwargs).arguments
-                if one.region is not None and one.region.prompt is not None:
+                if one.region is not None and one.region.prompt is not None and not is_avoided:
                     arguments |= _with_prompt(arguments, one.region.prompt)
                 results.append(encode_prompt(**arguments))
             self._prompts = len(results[0][0])
@@ -113,9 +122,10 @@ class _Acting:
 
     def denoise_with(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """``forward`` of the denoiser, once for each pass that counts somewhere, and their predictions together."""
-        signature = inspect.signature(forward)
+        signature = inspect.signature(self._uncompiled.forward)
 
         def denoise(*args: Any, **kwargs: Any) -> Any:
+            self._has_prompt = False
             arguments = signature.bind(*args, **kwargs).arguments
             sample = next(iter(arguments.values()))
             done = part_done(self._pipe.scheduler.timesteps, self._timestep(arguments["timestep"]))
@@ -137,15 +147,15 @@ class _Acting:
         return denoise
 
     @contextmanager
-    def layers_restored(self) -> Iterator[None]:
-        """Within the context, layers may get weights of samples; afterwards they have those from before."""
-        layers = [layer for by_component in self._passes[0].layers.values() for layer, _ in by_component]
-        before = [(layer, layer.sample_weights) for layer in layers]
+    def layers_taken(self) -> Iterator[None]:
+        """Within the context, layers have weights of samples; afterwards those of the pipeline count again."""
+        layers = _layers_of(self._pipe)
         try:
+            self._passes[0].enter([*self._passes[0].layers])
             yield
         finally:
-            for layer, sample_weights in before:
-                layer.sample_weights = sample_weights
+            for layer in layers:
+                layer.sample_weights = None
 
     def _joined(self, parts: Sequence[Any]) -> Any:
         """One part of what the passes' prompts became. What has no row for each prompt is the same for all passes."""
@@ -164,7 +174,7 @@ class _Acting:
     def _timestep(self, told: Any) -> float:
         """The scheduler's timestep, from what the denoiser is told; Flux is told thousandths."""
         timestep = float(torch.as_tensor(told).flatten()[0])
-        is_flux = isinstance(getattr(self._pipe, "transformer", None), FluxTransformer2DModel)
+        is_flux = isinstance(self._uncompiled, FluxTransformer2DModel)
         return timestep * self._pipe.scheduler.config.num_train_timesteps if is_flux else timestep
 
     def _shares_of(self, sample: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -181,11 +191,23 @@ class _Acting:
         return self._shares[height, width]
 
 
+def _layers_of(pipe: DiffusionPipeline) -> list[SpectralLayer]:
+    return [layer for of_component in layers_with_weights(pipe, {}).values() for layer, _ in of_component]
+
+
+def _refuse_within_another(pipe: DiffusionPipeline) -> None:
+    if any(layer.sample_weights is not None for layer in _layers_of(pipe)):
+        raise UserError(
+            "adapters act by region, by schedule or per sample already; such contexts can't be one inside of the other"
+        )
+
+
 def _with_prompt(arguments: Mapping[str, Any], prompt: str) -> dict[str, Any]:
     """Arguments of ``encode_prompt`` with another prompt, for as many pictures, to all text encoders."""
-    given = arguments.get("prompt")
-    replaced: dict[str, Any] = {"prompt": [prompt] * len(given) if isinstance(given, list) else prompt}
-    return replaced | {name: None for name in ("prompt_2", "prompt_3") if name in arguments}
+    given, read = arguments.get("prompt"), arguments.get("prompt_embeds")
+    several = given if isinstance(given, list) else read
+    replaced: dict[str, Any] = {"prompt": prompt if several is None else [prompt] * len(several)}
+    return replaced | {name: None for name in _OTHER_PROMPTS if name in arguments}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,7 +58,7 @@ class Region:
 
 
 def read_mask(file: Path) -> NDArray[np.float32]:
-    """A mask as (height, width), black 0 and white 1.
+    """A mask as (height, width), black 0 and white 1; what is transparent is 0.
 
     Raises:
         UserError: it can't be read, or covers nothing.
@@ -69,12 +69,21 @@ def read_mask(file: Path) -> NDArray[np.float32]:
             with Image.open(file, formats=["PNG"]) as picture:
                 if picture.width * picture.height > _MOST_PIXELS:
                     raise UserError(f"the mask {file} has {picture.width}x{picture.height} pixels, which are too many")
-                mask: NDArray[np.float32] = np.asarray(picture.convert("L"), dtype=np.float32) / np.float32(255)
+                mask = _lightness(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise UserError(f"the mask {file} can't be read as a PNG picture: {problem}") from problem
     if not mask.any():
         raise UserError(f"the mask {file} is black everywhere; it must be white where the adapter acts")
     return mask
+
+
+def _lightness(picture: Image.Image) -> NDArray[np.float32]:
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip all above 255 to white
+        return np.asarray(picture, dtype=np.float32) / np.float32(65535)
+    grey = picture.convert("L")
+    if picture.has_transparency_data:
+        grey = ImageChops.multiply(grey, picture.convert("RGBA").getchannel("A"))
+    return np.asarray(grey, dtype=np.float32) / np.float32(255)
 
 
 def parse_region(value: object) -> Region:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from svft_diffusion.errors import UserError
@@ -20,8 +19,8 @@ class StepSchedule:
     """A factor of the adapter's weight, linear between points and constant beyond them.
 
     Each point is (part of the denoising that is done, factor): 0 is the first step, 1 the last. Two points at the same
-    part make a jump, behind which the second counts. The text encoder speaks before the first step: its part of an
-    adapter has no schedule.
+    part make a jump, behind which the second counts. Image to image runs the later steps alone, and begins at
+    the part where they do. The text encoder speaks before the first step: its part of an adapter has no schedule.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -65,9 +64,9 @@ def parse_schedule(value: object) -> StepSchedule:
         number = _number(part, value)
         points = {
             "ramp_in": ((0.0, 0.0), (number, 1.0)),
-            "ramp_out": ((1.0 - number, 1.0), (1.0, 0.0)),
+            "ramp_out": ((1.0 - number, 1.0), (1.0, 0.0))[: 2 if number else 1],
             "from": ((0.0, 0.0), (number, 0.0), (number, 1.0)),
-            "until": ((0.0, 1.0), (number, 1.0), (number, 0.0)),
+            "until": ((0.0, 1.0), (number, 1.0), (number, 0.0))[: 3 if number < 1 else 2],
         }.get(form)
         if points is not None:
             return StepSchedule(points)
@@ -80,11 +79,11 @@ def part_done(timesteps: Tensor, timestep: float) -> float:
     """Which part of the denoising is done in the step at ``timestep``.
 
     Args:
-        timesteps: (n,) those of the scheduler, in the order of the steps. Schedulers that look at one twice, as Heun's
-            does, list it twice; it is one part of the denoising.
+        timesteps: (n,) those of the scheduler. Ones that look at a step twice, as Heun's does, list it twice; it is
+            one part of the denoising. Inversion lists them backwards.
         timestep: one of them, or close to one where the denoiser is told a rounded one.
     """
-    distinct = torch.unique_consecutive(timesteps.cpu().double())  # on the CPU: not every device has float64
+    distinct = timesteps.cpu().double().unique().flip(0)  # on the CPU: not every device has float64
     return float((distinct - timestep).abs().argmin()) / max(len(distinct) - 1, 1)
 
 
