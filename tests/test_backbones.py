@@ -215,3 +215,11 @@ def test_lpips_is_the_mean_over_all_pairs_of_pictures(monkeypatch: pytest.Monkey
     shades = [Image.new("RGB", (4, 6), (grey, grey, grey)) for grey in (0, 51, 255)]
     # Black and white are 2 apart.
     assert LpipsDiversity(torch.device("cpu"))(shades) == pytest.approx((0.4 + 2.0 + 1.6) / 3)
+
+
+def test_an_lpips_that_can_not_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setitem(sys.modules, "lpips", None)  # as with a torchvision that was built for another torch
+    with pytest.raises(UserError, match="the network of --lpips can't be loaded: import of lpips") as refusal:
+        LpipsDiversity(torch.device("cpu"))
+    assert "\n" not in str(refusal.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import yaml
 from adapter_files import write_models
+from PIL import Image
 
 from svft_diffusion import SVFTConfig, save_adapter
 from svft_diffusion.adapters import add_training_adapter
 from svft_diffusion.cli.main import main
-from svft_diffusion.evaluation import drawing
+from svft_diffusion.evaluation import painter
 from svft_diffusion.evaluation.report import EvaluationReport, read_report
 from svft_diffusion.evaluation.toy_subjects import demonstration_subject, held_out_subjects, write_photos
 from svft_diffusion.files import AdapterMetadata
@@ -51,8 +53,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         prompts.append(prompt)
         return original(pipeline, prompt, **options)
 
-    original = drawing.generate
-    monkeypatch.setattr(drawing, "generate", generate)
+    original = painter.generate
+    monkeypatch.setattr(painter, "generate", generate)
     return prompts
 
 
@@ -87,6 +89,8 @@ def test_an_adapter_is_drawn_and_scored_and_the_second_run_draws_nothing(
     [file] = output.glob("pictures/subject/run_at_0_5/subject/000_*.png")
     assert read_png_settings(file)["adapters"][0]["weight"] == 0.5
 
+    told = capsys.readouterr().err
+    assert told.startswith("6 pictures to draw, 2 steps each\n") and "0/6" in told
     before = files_of(output)
     assert str(tmp_path) not in before["report.json"].decode() and str(world) not in before["report.json"].decode()
     drawn.clear()
@@ -98,6 +102,7 @@ def test_an_adapter_is_drawn_and_scored_and_the_second_run_draws_nothing(
     gone.unlink()
     evaluated(output, "--adapter", f"{world / 'run'}:0.5")
     assert drawn == [of_class[1], of_subject[0]] and files_of(output) == before
+    assert "2 pictures to draw, 2 steps each; 4 more are there\n" in capsys.readouterr().err
 
     capsys.readouterr()
     assert main(["evaluate", *QUICK, "--output_dir", str(output), "--adapter", f"{world / 'run'}:0.6", "--seed=1"]) == 2
@@ -125,6 +130,95 @@ def test_a_run_is_scored_step_by_step_and_the_best_is_picked(
     assert {"pareto.png", "strip_all.png", "sheet_base.png", "sheet_step_10.png", "report.md"} <= written
     told = capsys.readouterr().out
     assert f"the best of subject: {report.best['subject']}" in told and "identity(toy-identity)" in told
+
+
+def test_a_run_that_went_on_is_scored_into_the_same_report_and_other_reports_stay(
+    world: Path, tmp_path: Path, drawn: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    later = (run / "history" / "step-20.safetensors").rename(tmp_path / "later.safetensors")
+    few = ["--num_prompts", 1, "--num_class_images", 0]
+    output = tmp_path / "out"
+    assert [row.step for row in evaluated(output, "--run", run, *few).rows] == [10]
+    shutil.copy(later, run / "history" / "step-20.safetensors")
+    drawn.clear()
+    assert [row.step for row in evaluated(output, "--run", run, *few).rows] == [10, 20] and len(drawn) == 1
+
+    before = files_of(output)
+    others = [
+        ["--adapter", run, *few],
+        ["--run", run, *few, "--num_prompts", 2],
+        ["--run", run, *few, "--class_word", "mug"],
+        ["--run", run, *few, "--instance_data_dir", output / "pictures" / "subject" / "step_10" / "subject"],
+    ]
+    for arguments in others:
+        capsys.readouterr()
+        assert main(["evaluate", *QUICK, "--output_dir", str(output), *map(str, arguments)]) == 2
+        assert "report.json is of another evaluation" in capsys.readouterr().err
+    assert files_of(output) == before
+
+
+def test_pictures_of_another_size_are_never_mixed_in(
+    world: Path, tmp_path: Path, drawn: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--adapter", world / "run", "--num_prompts", 1, "--num_class_images", 1]
+    evaluated(tmp_path, *arguments, "--height", 32, "--width", 32)
+    (tmp_path / "report.json").unlink()  # as if it had been ended while it was at work
+    (tmp_path / "report.md").unlink()
+    next(tmp_path.glob("pictures/subject/run/class/*.png")).unlink()
+    capsys.readouterr()
+    assert main(["evaluate", *QUICK, "--output_dir", str(tmp_path), *map(str, arguments)]) == 2
+    assert "is another picture; choose another --output_dir" in capsys.readouterr().err
+    drawn.clear()
+    evaluated(tmp_path, *arguments, "--overwrite")
+    assert len(drawn) == 3
+    assert {Image.open(file).size for file in tmp_path.glob("pictures/**/*.png")} == {(64, 64)}
+
+
+def test_processes_share_the_drawing_and_the_first_reports(
+    world: Path,
+    tmp_path: Path,
+    drawn: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--adapter", world / "run", "--num_prompts", 2, "--num_class_images", 2]
+    evaluated(tmp_path / "one", *arguments)
+    expected = files_of(tmp_path / "one")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    command = ["evaluate", *QUICK, *map(str, arguments), "--json"]
+    assert main(command) == 2 and "give --output_dir" in capsys.readouterr().err
+    drawn.clear()
+    assert main([*command, "--output_dir", str(tmp_path / "all")]) == 0
+    assert capsys.readouterr().out == "" and len(drawn) == 2
+    assert files_of(tmp_path / "all").items() < expected.items()
+    monkeypatch.setenv("RANK", "0")  # the third process never came
+    assert main([*command, "--output_dir", str(tmp_path / "all")]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] and len(drawn) == 6
+    assert files_of(tmp_path / "all") == expected
+
+
+def test_folders_of_pictures_differ_in_more_than_case(world: Path, tmp_path: Path) -> None:
+    """Else the pictures of an adapter called Base would replace the base model's where file systems ignore case."""
+    adapter = shutil.copy(world / "run" / "adapter.safetensors", tmp_path / "Base.safetensors")
+    arguments = ["--adapter", adapter, "--instance_data_dir", world / "photos", "--num_prompts", 1]
+    report = evaluated(tmp_path / "out", *arguments, "--num_class_images", 1)
+    assert [row.label for row in report.rows] == ["base model", "Base"]
+    folders = [path.name for path in (tmp_path / "out" / "pictures" / "subject").iterdir()]
+    assert len({name.casefold() for name in folders}) == len(folders) == 2
+
+
+def test_adapters_that_were_trained_on_different_photos_are_not_scored_together(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(world / "run", tmp_path / "other")
+    (other / "config.yaml").write_text(yaml.safe_dump({"instance_data_dir": str(tmp_path)}), encoding="utf-8")
+    output = tmp_path / "out"
+    assert main(["evaluate", "--adapter", str(world / "run"), str(other), "--output_dir", str(output)]) == 2
+    told = capsys.readouterr().err
+    assert "trained on different photos" in told and "--subjects" in told and told.count("\n") == 1
+    assert not output.exists()
 
 
 def test_subjects_of_a_list_have_means_with_intervals_and_kinds(world: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml
@@ -26,9 +28,11 @@ from svft_diffusion.evaluation.report import (
 )
 from svft_diffusion.evaluation.report_page import page
 from svft_diffusion.evaluation.scoring import PromptedPictures, Scorer, column_key
+from svft_diffusion.evaluation.sheets import write_sheet
 from svft_diffusion.evaluation.subjects import SubjectSource, default_list, prompts_of, read_subjects, words_of
 from svft_diffusion.evaluation.toy_subjects import demonstration_subject, held_out_subjects, write_photos
-from svft_diffusion.sampling.png import save_png
+from svft_diffusion.files import AdapterHeader
+from svft_diffusion.sampling.png import read_png_settings, save_png
 from svft_diffusion.sampling.prompt_files import SubjectWords
 
 LOOKS, READS = "subject_fidelity:toy-identity", "prompt_fidelity:toy-text"
@@ -108,7 +112,23 @@ def test_a_pareto_plot_is_drawn_the_same_twice(tmp_path: Path) -> None:
     assert draw_pareto(drawn, "subject", tmp_path / "a.png") and draw_pareto(drawn, "subject", tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert Image.open(tmp_path / "a.png").width == 1210  # both panels
+    unfinished_formula = replace(drawn, rows=[row("subject", "$\\frac$", 0.9), *drawn.rows])
+    unfinished_formula = replace(unfinished_formula, best={"subject": "$\\frac$"})
+    assert draw_pareto(unfinished_formula, "subject", tmp_path / "formula.png")
     assert not draw_pareto(replace(drawn, deciding=None), "subject", tmp_path / "c.png")
+
+
+def test_a_sheet_of_many_pictures_stays_a_picture_one_can_open(tmp_path: Path) -> None:
+    blue, red = Image.new("RGB", (8, 8), "blue"), Image.new("RGB", (8, 8), "red")
+    drawn = PromptedPictures([blue] * 25 + [red] * 2, [None] * 25 + ["a dog"] * 2)
+    write_sheet(tmp_path / "few.png", drawn, [blue] * 40)
+    sheet = Image.open(tmp_path / "few.png")
+    assert read_png_settings(tmp_path / "few.png") == {"rows": ["real photos", "", "", "", "a dog"]}
+    assert sheet.width < 12 * 170 + 300 and 5 * 160 <= sheet.height < 6 * 170
+    many = PromptedPictures([blue] * 1300, [None] * 1300)
+    write_sheet(tmp_path / "many.png", many, [red])
+    rows = read_png_settings(tmp_path / "many.png")["rows"]
+    assert len(rows) == 101 and rows[-1] == " (and 100 more pictures)"
 
 
 def test_equal_pictures_have_the_highest_scores() -> None:
@@ -171,7 +191,7 @@ def test_paths_in_a_list_are_relative_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("subjects", "message"),
     [
-        ("- name: a\n  kind: [", "line 2: no YAML"),
+        ("- name: a\n  kind: [", "line [23]: no YAML"),
         ("{}", "must hold a list of subjects"),
         (["dog"], "subject 1: expected name"),
         ([{"name": "a", "instance_data_dir": "x", "adaptor": "y"}], "did you mean 'adapter'?"),
@@ -261,6 +281,58 @@ def test_pictures_that_exist_are_scored(
     assert json.loads((written / "report.json").read_text("utf-8")) == told
 
 
+def test_pictures_that_can_not_be_read_are_told(tmp_path: Path, photos: Path) -> None:
+    folder = write_pictures(tmp_path / "mine")
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    (photos / "06.jpg").write_bytes(b"no picture")
+    arguments = ["evaluate", "--pictures", str(folder), "--instance_data_dir", str(photos), "--token", "sks"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    notes = read_report(tmp_path / "out").notes
+    assert any(note.startswith("subject: photos that were left out: 06.jpg (") for note in notes)
+    assert any(note.startswith("subject: pictures that were left out: cut.png (") for note in notes)
+
+
+@pytest.mark.parametrize("name", ["report.md", "pareto.png", "sheet_pictures.png", "report.json"])
+def test_files_of_others_are_not_replaced(
+    name: str, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "mine")
+    output = tmp_path / "out"
+    output.mkdir()
+    Image.new("RGB", (8, 8)).save(output / name, format="PNG") if name.endswith("png") else (output / name).touch()
+    before = (output / name).read_bytes()
+    arguments = ["evaluate", "--pictures", str(folder), "--instance_data_dir", str(photos), "--output_dir", str(output)]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert str(output / name) in told and "--overwrite" in told and told.count("\n") == 1
+    assert [path.name for path in output.iterdir()] == [name] and (output / name).read_bytes() == before
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_pictures_of_one_prompt_need_one_size_for_lpips(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "mine")
+    save_png(Image.new("RGB", (64, 72)), folder / "4.png", {"prompt": "a photo of sks robot on the beach"})
+    arguments = ["evaluate", "--pictures", str(folder), "--instance_data_dir", str(photos), "--token", "sks", "--lpips"]
+    assert main(arguments) == 2
+    assert "0.png and " in (told := capsys.readouterr().err) and "of different sizes" in told
+
+
+def test_adapters_of_different_subjects_have_no_prompts_in_common(tmp_path: Path) -> None:
+    def header(trigger: str | None, class_word: str | None) -> AdapterHeader:
+        return cast(AdapterHeader, SimpleNamespace(trigger=trigger, class_word=class_word))
+
+    source = SubjectSource("subject", [], tmp_path)
+    sks, zwx = header("sks robot", "robot"), header("zwx", "robot")
+    assert words_of(source, [sks, header(None, None), header("sks", None)]) == SubjectWords("sks", "robot")
+    with pytest.raises(UserError, match=r"the adapters of subject say 'sks' and 'zwx': .* give --token"):
+        words_of(source, [sks, zwx])
+    with pytest.raises(UserError, match=r"say 'robot' and 'mug': .* give --class_word"):
+        words_of(source, [sks, header("sks", "mug")])
+    assert words_of(replace(source, token="sks"), [sks, zwx]) == SubjectWords("sks", "robot")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -275,6 +347,10 @@ def test_pictures_that_exist_are_scored(
         ({"pictures": "mine", "instance_data_dir": "photos", "lpips": ""}, "--lpips needs the packages lpips and"),
         ({"adapter": "none.safetensors", "instance_data_dir": "photos"}, "none.safetensors"),
         ({"run": "photos", "instance_data_dir": "photos"}, "no history in photos"),
+        ({"run": "nowhere"}, "no such folder: nowhere"),
+        ({"run": "photos/01.png"}, "01.png is no folder"),
+        ({"adapter": "none.safetensors"}, "can't read 'none.safetensors': No such file"),
+        ({"adapter": "none.safetensors", "height": "60"}, "--height must be a multiple of 8, got 60"),
         ({"subjects": "list.yaml"}, "can't read --subjects list.yaml"),
         ({"subjects": "list.yaml", "token": "sks"}, "--token differs between subjects"),
     ],

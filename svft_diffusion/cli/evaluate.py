@@ -23,6 +23,7 @@ _EPILOG = """examples:
   svft-diffusion evaluate --adapter robot.safetensors:0.8 --instance_data_dir photos --num_images 1
   svft-diffusion evaluate --pictures outputs/samples/001 --instance_data_dir photos --token sks
   svft-diffusion evaluate --subjects subjects.yaml --backbone dino-vits16 clip-vit-b32=models/clip
+  accelerate launch --multi_gpu --num_processes 2 -m svft_diffusion evaluate --run outputs/robot --output_dir scores
 """
 
 
@@ -45,6 +46,8 @@ def run(argv: Sequence[str]) -> None:
     from svft_diffusion.evaluation.report_page import PAGE_FILE, result_lines
 
     result = evaluate(config, _sources(config))
+    if result is None:
+        return  # the first process tells about all
     if options.json:
         print((result.output_dir / REPORT_FILE).read_text(encoding="utf-8"), end="")
         return
@@ -65,7 +68,8 @@ def _sources(config: EvaluationConfig) -> list[SubjectSource]:
         photos = config.instance_data_dir
     else:
         candidates = _history(config.run) if config.run is not None else _adapters(config.adapter)
-        photos = config.instance_data_dir or _photos_of_training(config.run or candidates[0].choice.file.parent)
+        folders = [config.run] if config.run is not None else [one.choice.file.parent for one in candidates]
+        photos = config.instance_data_dir or _photos_of_training(folders)
     return [
         SubjectSource(
             name=config.class_word or "subject",
@@ -101,11 +105,13 @@ def _listed(file: Path) -> list[SubjectSource]:
 
 def _adapters(texts: Sequence[str]) -> list[Candidate]:
     from svft_diffusion.evaluation.subjects import Candidate
+    from svft_diffusion.files import read_header
     from svft_diffusion.sampling.adapter_choice import adapter_label, parse_adapter_choice
 
     candidates = []
     for text in texts:
         choice = parse_adapter_choice(text)
+        read_header(choice.file)  # before anything else is asked about a file that is no adapter
         at_weight = "" if choice.weight == 1 else f" at {choice.weight:g}"
         candidates.append(Candidate(choice, f"{adapter_label(choice.file)}{at_weight}"))
     labels = [candidate.label for candidate in candidates]
@@ -122,12 +128,26 @@ def _history(folder: Path) -> list[Candidate]:
     return [Candidate(AdapterChoice(entry.adapter), f"step {entry.step}", entry.step) for entry in read_history(folder)]
 
 
-def _photos_of_training(folder: Path) -> Path:
-    """The photos that the training in ``folder`` used.
+def _photos_of_training(folders: Sequence[Path]) -> Path:
+    """The photos that the trainings in ``folders`` used.
 
     Raises:
-        UserError: nothing there tells them.
+        UserError: nothing there tells them, or they used different ones.
     """
+    found = list(dict.fromkeys(map(_photos_in_settings, folders)))
+    if len(found) > 1:
+        raise UserError(
+            f"the adapters were trained on different photos, {found[0]} and {found[1]}: if they are of one subject, "
+            "give --instance_data_dir; else list them with --subjects"
+        )
+    if not found[0].is_dir():
+        raise UserError(
+            f"the photos of the training are not at {found[0]}; say with --instance_data_dir where they are"
+        )
+    return found[0]
+
+
+def _photos_in_settings(folder: Path) -> Path:
     from svft_diffusion.cli.train import read_settings
     from svft_diffusion.training.card import CONFIG_FILE
 
@@ -135,6 +155,4 @@ def _photos_of_training(folder: Path) -> Path:
     photos = read_settings(file).get("instance_data_dir") if file.is_file() else None
     if not isinstance(photos, str):
         raise UserError("say with --instance_data_dir where the real photos of the subject are")
-    if not Path(photos).is_dir():
-        raise UserError(f"the photos of the training are not at {photos}; say with --instance_data_dir where they are")
     return Path(photos)

@@ -137,3 +137,6 @@ def check_config(config: EvaluationConfig) -> None:
         number = getattr(config, name)
         if number is not None and number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
+    for name, size in (("height", config.height), ("width", config.width)):
+        if size is not None and (size < 8 or size % 8):
+            raise UserError(f"--{name} must be a multiple of 8, got {size}")

@@ -1,28 +1,20 @@
-"""The pictures that are scored: planned before the base model is loaded, and only missing ones are made."""
+"""The pictures that are scored: planned before the base model is loaded, and read when they are there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from diffusers import DiffusionPipeline
-from PIL import Image
-from tqdm.auto import tqdm
-
-from svft_diffusion.adapters import load_adapter, set_adapters, unload_adapter
-from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig
 from svft_diffusion.evaluation.scoring import PromptedPictures
 from svft_diffusion.evaluation.subjects import SubjectPrompts
-from svft_diffusion.models.loading import EMBEDDED_MODEL, default_resolution
+from svft_diffusion.models.loading import EMBEDDED_MODEL
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
-from svft_diffusion.sampling.devices import resolve_device
-from svft_diffusion.sampling.drawing import facts_of, generate, open_pipeline
 from svft_diffusion.sampling.plan import picture_settings, slug
-from svft_diffusion.sampling.png import is_damaged_png, read_png, save_png
+from svft_diffusion.sampling.png import is_damaged_png, read_png, read_png_settings
 
 NAME_THE_BASE = "say with --pretrained_model_name_or_path where the base model is"
 _GUIDANCE_OF_TOYBOX, _USUAL_GUIDANCE = 4.0, 7.5
@@ -95,96 +87,41 @@ def _planned(
     return PlannedPicture(file, prompt, judged_prompt, seed, settings | sizes)
 
 
-def check_others(planned: Iterable[PlannedPicture]) -> None:
+def check_others(planned: Iterable[PlannedPicture], sizes: dict[str, int]) -> None:
     """Refuse to replace pictures that were made with other settings; damaged ones are made again.
+
+    Args:
+        sizes: height and width in pixels, as far as they are known.
 
     Raises:
         UserError: names the first such file and the ways out.
     """
     for picture in planned:
-        if not picture.file.exists() or is_damaged_png(picture.file):
-            continue
-        if _made(picture) is None:
+        if picture.file.exists() and not is_made(picture, sizes) and not is_damaged_png(picture.file):
             raise UserError(
                 f"{picture.file} is another picture; choose another --output_dir, or replace it with --overwrite"
             )
 
 
-class Painter:
-    """Draws what is missing; the base model is loaded when the first picture is, once for all adapters."""
-
-    def __init__(self, base: str, config: EvaluationConfig) -> None:
-        self._base, self._config = base, config
-        self._device = resolve_device(config.device)
-        self._pipeline: DiffusionPipeline | None = None
-
-    def draw(self, planned: Sequence[PlannedPicture], adapter: CheckedAdapter | None, label: str) -> PromptedPictures:
-        """The planned pictures, of which those that are there already are not made again.
-
-        Raises:
-            UserError: the base model can't be loaded, the adapter does not fit it, or a file can't be written.
-        """
-        missing = [picture for picture in planned if _made(picture) is None]
-        if missing:
-            self._make(missing, adapter, label)
-        pictures = [_made(picture) for picture in planned]
-        if any(picture is None for picture in pictures):
-            raise UserError("pictures in the output folder vanished while they were in use; start again")
-        return PromptedPictures(cast(list[Image.Image], pictures), [picture.judged_prompt for picture in planned])
-
-    def _make(self, planned: Sequence[PlannedPicture], adapter: CheckedAdapter | None, label: str) -> None:
-        pipeline = self._opened()
-        config = self._config
-        if adapter is not None:
-            load_adapter(pipeline, adapter.file, adapter.name, on_mismatch=cast(OnMismatch, config.on_mismatch))
-            set_adapters(pipeline, {adapter.name: adapter.weight})
-        try:
-            resolution = default_resolution(pipeline)
-            for picture in tqdm(planned, desc=label, unit="picture"):
-                image = generate(
-                    pipeline,
-                    picture.prompt,
-                    seed=picture.seed,
-                    num_inference_steps=config.num_inference_steps,
-                    guidance_scale=picture.settings["guidance_scale"],
-                    height=config.height or resolution,
-                    width=config.width or resolution,
-                )
-                save_png(image, picture.file, picture.settings | facts_of(pipeline, image))
-        finally:
-            if adapter is not None:
-                unload_adapter(pipeline, adapter.name)
-
-    def _opened(self) -> DiffusionPipeline:
-        if self._pipeline is None:
-            config = self._config
-            try:
-                self._pipeline = open_pipeline(
-                    self._base,
-                    device=self._device,
-                    dtype=config.dtype,
-                    revision=config.revision,
-                    variant=config.variant,
-                    base_config=config.base_config,
-                    disable_safety_checker=config.disable_safety_checker,
-                )
-            except UserError as problem:
-                if config.pretrained_model_name_or_path is not None:
-                    raise
-                raise UserError(f"{problem}; {NAME_THE_BASE}") from problem
-        return self._pipeline
-
-
-def _made(planned: PlannedPicture) -> Image.Image | None:
-    """The picture, if it is there, whole, and made with the planned settings."""
+def is_made(planned: PlannedPicture, sizes: dict[str, int]) -> bool:
+    """Whether the picture is there, whole, and made with the planned settings."""
     if not planned.file.exists():
-        return None
+        return False
     try:
-        image, settings = read_png(planned.file)
+        found = read_png_settings(planned.file)
     except UserError:
-        return None
-    return image.convert("RGB") if _says(settings, planned.settings) else None
+        return False
+    return all(found.get(name) == value for name, value in {**planned.settings, **sizes}.items())
 
 
-def _says(found: dict[str, Any], planned: dict[str, Any]) -> bool:
-    return all(found.get(name) == value for name, value in planned.items())
+def drawn_pictures(planned: Sequence[PlannedPicture]) -> PromptedPictures | None:
+    """The pictures that a `svft_diffusion.evaluation.painter.Painter` has drawn; None if none are planned.
+
+    Raises:
+        UserError: one is gone.
+    """
+    try:
+        pictures = [read_png(picture.file)[0].convert("RGB") for picture in planned]
+    except UserError as problem:
+        raise UserError(f"{problem}: files in the output folder changed while they were in use; start again") from None
+    return PromptedPictures(pictures, [picture.judged_prompt for picture in planned]) if pictures else None

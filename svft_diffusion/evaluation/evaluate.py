@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.backbones import (
@@ -20,18 +21,18 @@ from svft_diffusion.evaluation.backbones import (
     parse_backbone,
 )
 from svft_diffusion.evaluation.config import EvaluationConfig, check_config
-from svft_diffusion.evaluation.drawing import Painter, check_others, guidance_scale
+from svft_diffusion.evaluation.drawing import check_others, drawn_pictures, guidance_scale
 from svft_diffusion.evaluation.lpips_diversity import LPIPS_NAME, LpipsDiversity
-from svft_diffusion.evaluation.plots import PLOT_MISSING, draw_pareto
-from svft_diffusion.evaluation.preparation import PlannedSet, PreparedSubject, base_of, prepare_subject
+from svft_diffusion.evaluation.output_folder import holds_this_report
+from svft_diffusion.evaluation.painter import Painter, PlannedSet
+from svft_diffusion.evaluation.plots import PLOT_MISSING, can_plot, draw_pareto
+from svft_diffusion.evaluation.preparation import PreparedSubject, base_of, prepare_subject
 from svft_diffusion.evaluation.report import (
-    REPORT_FILE,
     EvaluationReport,
     ScoredRow,
     SubjectFacts,
     library_facts,
     machine_facts,
-    read_report,
     summarize,
     write_report,
 )
@@ -46,7 +47,14 @@ from svft_diffusion.models.loading import EMBEDDED_MODEL, base_display_name
 from svft_diffusion.sampling.adapter_choice import unique_names
 from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.sampling.plan import check_picture_settings, new_numbered_folder
-from svft_diffusion.sampling.spreading import threads_of_torch
+from svft_diffusion.sampling.spreading import (
+    Process,
+    device_of,
+    drawing,
+    this_process,
+    threads_of_torch,
+    wait_for_others,
+)
 
 DEFAULT_OUTPUT_PARENT = Path("outputs/evaluation")
 _REPORTED_SETTINGS = (
@@ -74,20 +82,24 @@ class _Findings:
     sheets: list[str] = field(default_factory=list)
 
 
-def evaluate(config: EvaluationConfig, sources: Sequence[SubjectSource]) -> EvaluationResult:
+def evaluate(config: EvaluationConfig, sources: Sequence[SubjectSource]) -> EvaluationResult | None:
     """Score adapters or pictures of one subject or several; write ``report.json``, ``report.md``, plots and sheets.
+
+    Processes that ``accelerate launch`` started share the drawing; the first one scores and reports, and the others
+    return None.
 
     Raises:
         UserError: settings, files or folders that can't work, before the base model is loaded.
     """
     check_config(config)
-    device = resolve_device(config.device)
+    process = this_process()
+    device = resolve_device(device_of(process, config.device))
     use_cache(config.factor_cache, config.factor_cache_size)
     choices = _distinct([parse_backbone(text) for text in config.backbone])
     base = base_of(config, sources)
     if base is not None:
         check_picture_settings(config.seed, config.num_inference_steps, guidance_scale(config, base))
-    output_dir = config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
+    output_dir = _output_dir(config, process)
     folders = unique_names(source.name for source in sources)
     subjects = [
         prepare_subject(source, config, base, output_dir / "pictures" / folder)
@@ -95,73 +107,89 @@ def evaluate(config: EvaluationConfig, sources: Sequence[SubjectSource]) -> Eval
     ]
     choices = choices or _usual(subjects)
     _refuse_strangers(choices, subjects)
+    for subject in subjects if config.lpips else ():
+        if subject.existing is not None:
+            subject.existing.check_sizes()
     settings = _settings(config, base, choices)
+    is_known = not config.overwrite and holds_this_report(output_dir, settings, subjects)
+    sets = [one for subject in subjects for one in subject.planned()]
     if not config.overwrite:
-        check_others(picture for subject in subjects for picture in subject.planned())
-        _check_other_report(output_dir, settings, subjects)
+        check_others([picture for one in sets for picture in one.pictures], {})
     check_writable(output_dir)
 
     with threads_of_torch(config.threads):
-        backbones = [load_backbone(choice, device) for choice in choices]
-        scorer = Scorer(backbones, {LPIPS_NAME: LpipsDiversity(device)} if config.lpips else {})
-        painter = None if base is None else Painter(base, config)
+        # Before hours of drawing, whatever may be missing for scoring.
+        scorer = _scorer(choices, config, device) if process.is_first else None
+        if base is not None:
+            _draw(Painter(base, config, device), sets, output_dir, process, of_size_unknown=not is_known)
+        if scorer is None:
+            return None
         findings = _Findings()
-        for subject, folder in zip(subjects, folders, strict=True):
-            prefix = f"{folder}_" if len(subjects) > 1 else ""
-            _score_subject(subject, scorer, painter, findings, output_dir, prefix)
+        with tqdm(total=len(sets), desc="scoring", unit="set", disable=not sets) as progress:
+            for subject, folder in zip(subjects, folders, strict=True):
+                prefix = f"{folder}_" if len(subjects) > 1 else ""
+                _score_subject(subject, scorer, findings, output_dir, prefix, progress)
         report = _report(config, findings, scorer, base, subjects, settings, device)
     return _write(report, output_dir, folders, findings.sheets)
+
+
+def _output_dir(config: EvaluationConfig, process: Process) -> Path:
+    if config.output_dir is None and process.count > 1:
+        raise UserError("several processes write to one folder: give --output_dir")
+    return config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
+
+
+def _scorer(choices: Sequence[BackboneChoice], config: EvaluationConfig, device: torch.device) -> Scorer:
+    backbones = [load_backbone(choice, device) for choice in choices]
+    return Scorer(backbones, {LPIPS_NAME: LpipsDiversity(device)} if config.lpips else {})
+
+
+def _draw(
+    painter: Painter, sets: Sequence[PlannedSet], output_dir: Path, process: Process, *, of_size_unknown: bool
+) -> None:
+    """Draw what is missing: the first process ends when all of it is there."""
+    with drawing(output_dir, process):
+        painter.draw(sets, process, of_size_unknown=of_size_unknown)
+    if process.is_first and process.count > 1:
+        wait_for_others(output_dir, process)
+        painter.draw(sets, Process(), of_size_unknown=of_size_unknown)  # what a process that was ended has left
 
 
 def _score_subject(
     subject: PreparedSubject,
     scorer: Scorer,
-    painter: Painter | None,
     findings: _Findings,
     output_dir: Path,
     prefix: str,
+    progress: tqdm[None],
 ) -> None:
-    photos = subject.photos.images
+    photos = subject.photos.images()
     real = scorer.photo_features(photos)
     findings.subjects.append(subject.facts(scorer.of_photos(real)))
     if subject.existing is not None:
-        assert subject.source.pictures is not None
-        label = subject.source.pictures.resolve().name
-        scores = scorer.score(real, subject.existing)
-        findings.rows.append(
-            ScoredRow(subject.source.name, label, None, None, None, len(subject.existing.pictures), 0, scores)
-        )
-        findings.sheets.append(_sheet(output_dir, f"sheet_{prefix}pictures.png", subject.existing, photos))
+        drawn = subject.existing.pictures()
+        label, scores = subject.existing.label, scorer.score(real, drawn)
+        findings.rows.append(ScoredRow(subject.source.name, label, None, None, None, len(drawn.pictures), 0, scores))
+        findings.sheets.append(_sheet(output_dir, f"sheet_{prefix}pictures.png", drawn, photos))
         return
-    assert painter is not None and subject.base is not None  # there are adapters
     base_class: PromptedPictures | None = None
     strip: dict[str, dict[str, Image.Image]] = {}
-    for one in [subject.base, *subject.sets]:  # the base model's class pictures first, which the others are compared to
-        drawn, of_class = _draw(painter, one)
+    for one in subject.planned():
+        of_subject, of_class = drawn_pictures(one.of_subject), drawn_pictures(one.of_class)
         base_class = base_class or of_class
-        if drawn is None and of_class is None:
+        progress.update()
+        if of_subject is None and of_class is None:
             continue
-        scores = scorer.score(real, drawn, of_class, base_class)
+        scores = scorer.score(real, of_subject, of_class, base_class)
         (findings.of_base if one.adapter is None else findings.rows).append(_row(subject, one, scores))
-        if drawn is not None:
+        if of_subject is not None:
             name = f"sheet_{prefix}{one.of_subject[0].file.parent.parent.name}.png"
-            findings.sheets.append(_sheet(output_dir, name, drawn, photos))
-            strip[one.label] = first_of_prompts(drawn)
+            findings.sheets.append(_sheet(output_dir, name, of_subject, photos))
+            strip[one.label] = first_of_prompts(of_subject)
     if len(strip) > 1:
         name = f"strip_{prefix}all.png"
         write_strip(output_dir / name, strip)
         findings.sheets.append(name)
-
-
-def _draw(painter: Painter, one: PlannedSet) -> tuple[PromptedPictures | None, PromptedPictures | None]:
-    """The pictures of the subject and those of its class, each None if none are planned."""
-    drawn = painter.draw([*one.of_subject, *one.of_class], one.adapter, one.label)
-    end = len(one.of_subject)
-    parts = (
-        PromptedPictures(drawn.pictures[:end], drawn.prompts[:end]),
-        PromptedPictures(drawn.pictures[end:], drawn.prompts[end:]),
-    )
-    return parts[0] if parts[0].pictures else None, parts[1] if parts[1].pictures else None
 
 
 def _row(subject: PreparedSubject, one: PlannedSet, scores: Scores) -> ScoredRow:
@@ -238,9 +266,13 @@ def _best(rows: Sequence[ScoredRow], deciding: tuple[str, str] | None) -> dict[s
 def _notes(findings: _Findings, subjects: Sequence[PreparedSubject], backbones: Sequence[Backbone]) -> list[str]:
     notes = []
     for subject in subjects:
+        name = subject.source.name
+        if skipped := subject.photos.skipped:
+            notes.append(f"{name}: photos that were left out: {'; '.join(skipped)}")
         if subject.existing is None:
             continue
-        name = subject.source.name
+        if skipped := subject.existing.skipped:
+            notes.append(f"{name}: pictures that were left out: {'; '.join(skipped)}")
         if not subject.words.token:
             notes.append(f"{name}: no token was given, so that none was taken out of the prompts")
         if unknown := sum(prompt is None for prompt in subject.existing.prompts):
@@ -280,38 +312,16 @@ def _refuse_strangers(choices: Sequence[BackboneChoice], subjects: Sequence[Prep
                 )
 
 
-def _check_other_report(output_dir: Path, settings: dict[str, Any], subjects: Sequence[PreparedSubject]) -> None:
-    """Refuse to replace a report on something else.
-
-    Raises:
-        UserError: there is one.
-    """
-    file = output_dir / REPORT_FILE
-    if not file.exists():
-        return
-    try:
-        found = read_report(file)
-        is_same = found.settings == settings and [one.name for one in found.subjects] == [
-            subject.source.name for subject in subjects
-        ]
-    except UserError:
-        is_same = False
-    if not is_same:
-        raise UserError(f"{file} is of another evaluation; choose another --output_dir, or replace it with --overwrite")
-
-
 def _write(
     report: EvaluationReport, output_dir: Path, folders: Sequence[str], sheets: Sequence[str]
 ) -> EvaluationResult:
+    if report.best and not can_plot():
+        report.notes.append(PLOT_MISSING)
+    write_report(report, output_dir)  # by which the rest is known to be of this evaluation
     plots = []
     for subject, folder in zip(report.subjects, folders, strict=True):
-        if subject.name not in report.best:
-            continue
         name = "pareto.png" if len(folders) == 1 else f"pareto_{folder}.png"
-        if draw_pareto(report, subject.name, output_dir / name):
+        if subject.name in report.best and draw_pareto(report, subject.name, output_dir / name):
             plots.append(name)
-        elif PLOT_MISSING not in report.notes:
-            report.notes.append(PLOT_MISSING)
-    write_report(report, output_dir)
     write_page(report, output_dir, [*plots, *sheets])
     return EvaluationResult(report, output_dir, [*plots, *sheets])

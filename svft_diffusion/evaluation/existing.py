@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svft_diffusion.data.photos import open_photo, scan_photos
+from svft_diffusion.data.photos import UnusablePhoto, open_photo, scan_photos, upright_size
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.scoring import PromptedPictures
 from svft_diffusion.evaluation.tokens import without_token
 from svft_diffusion.sampling.png import read_png_settings
 
 
-def read_pictures(folder: Path, token: str) -> PromptedPictures:
+@dataclass(frozen=True)
+class ExistingPictures:
+    """Pictures in a folder, with what they were asked for, without the token.
+
+    Attributes:
+        label: the folder's name.
+        prompts: None for pictures of which nobody knows.
+        base: the base model that the first one of them names that names one.
+        skipped: pictures that can't be used, with reasons.
+    """
+
+    label: str
+    files: list[Path]
+    prompts: list[str | None]
+    base: str | None
+    skipped: list[str]
+
+    def check_sizes(self) -> None:
+        """Refuse pictures of one prompt that are of different sizes, which LPIPS can't compare.
+
+        Raises:
+            UserError: names two of them.
+        """
+        firsts: dict[str, Path] = {}
+        for file, prompt in zip(self.files, self.prompts, strict=True):
+            if prompt is not None:
+                first = firsts.setdefault(prompt, file)
+                if upright_size(file) != upright_size(first):
+                    raise UserError(f"--lpips: {first} and {file} have one prompt, but are of different sizes")
+
+    def pictures(self) -> PromptedPictures:
+        """All of them.
+
+        Raises:
+            UserError: one can't be read any more.
+        """
+        try:
+            return PromptedPictures([open_photo(file) for file in self.files], self.prompts)
+        except (UnusablePhoto, OSError) as problem:
+            raise UserError(f"a picture of {self.label} can't be read any more: {problem}") from problem
+
+
+def find_pictures(folder: Path, token: str) -> ExistingPictures:
     """The pictures directly in a folder, by name; grids and other sheets of this program are left out.
 
     A picture's prompt stands in its settings, as the sampler writes them, or in a text file beside it.
@@ -20,23 +63,21 @@ def read_pictures(folder: Path, token: str) -> PromptedPictures:
     Raises:
         UserError: no such folder, or no picture in it.
     """
-    pictures, prompts = [], []
-    for path in scan_photos(folder).photos:
-        settings = _settings(path)
+    found = scan_photos(folder)
+    files, prompts, base = [], [], None
+    for file in found.photos:
+        settings = _settings(file)
         if settings is not None and "prompt" not in settings:
             continue
-        pictures.append(open_photo(path))
-        prompt = _prompt(path, settings)
+        files.append(file)
+        prompt = _prompt(file, settings)
         prompts.append(None if prompt is None else without_token(prompt, token))
-    if not pictures:
+        if base is None and settings is not None and "base" in settings:
+            base = str(settings["base"])
+    if not files:
         raise UserError(f"no picture in {folder}, only sheets of pictures")
-    return PromptedPictures(pictures, prompts)
-
-
-def base_named_in(folder: Path) -> str | None:
-    """The base model that the first picture with settings names, if one does."""
-    found = (settings for path in scan_photos(folder).photos if (settings := _settings(path)) is not None)
-    return next((str(settings["base"]) for settings in found if "base" in settings), None)
+    skipped = [f"{one.path.name} ({one.reason})" for one in found.unusable_pictures]
+    return ExistingPictures(folder.resolve().name, files, prompts, base, skipped)
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

@@ -31,12 +31,13 @@ class LpipsDiversity:
                 "--lpips needs the packages lpips and torchvision: pip install 'svft-diffusion[metrics]'; "
                 "without it, diversity is measured by each backbone"
             )
-        import lpips
-
         try:
+            import lpips
+
             self._network: Any = lpips.LPIPS(net="alex", verbose=False).to(device)
-        except (OSError, RuntimeError) as problem:  # OSError: the network can't be downloaded
-            raise UserError(f"the network of --lpips can't be loaded: {problem}") from problem
+        except (ImportError, OSError, RuntimeError) as problem:  # such as a torchvision for another torch; no download
+            reason = " ".join(str(problem).split())
+            raise UserError(f"the network of --lpips can't be loaded: {reason}") from problem
         self._device = device
 
     @torch.no_grad()

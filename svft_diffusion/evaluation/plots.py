@@ -17,6 +17,11 @@ _WIDTH_OF_LETTER, _HEIGHT_OF_NAME = 5.0, 9.0  # points, about, of the names besi
 PLOT_MISSING = "no plot: it needs matplotlib (pip install 'svft-diffusion[plots]')"
 
 
+def can_plot() -> bool:
+    """Whether matplotlib is there."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def draw_pareto(report: EvaluationReport, subject: str, file: Path) -> bool:
     """Subject fidelity against prompt fidelity, and against drift, of all rows of a subject; whether it was drawn.
 
@@ -26,7 +31,7 @@ def draw_pareto(report: EvaluationReport, subject: str, file: Path) -> bool:
         UserError: the file can't be written.
     """
     rows = [row for row in report.rows if row.subject == subject]
-    if importlib.util.find_spec("matplotlib") is None or report.deciding is None:
+    if not can_plot() or report.deciding is None:
         return False
     from matplotlib.figure import Figure  # no window and no global state
 
@@ -38,7 +43,8 @@ def draw_pareto(report: EvaluationReport, subject: str, file: Path) -> bool:
     axes = figure.subplots(1, 2 if has_drift else 1, squeeze=False)[0]
     best = report.best.get(subject)
     _draw_panel(axes[0], report, rows, prompt, fidelity, best=best, more_is_better=True)
-    axes[0].legend(loc="best")
+    for text in axes[0].legend(loc="best").get_texts():
+        text.set_parse_math(False)  # a dollar sign in a file's name
     if has_drift:
         _draw_panel(axes[1], report, rows, drift, fidelity, best=best, more_is_better=False)
     _mark_photos(axes, report, subject, fidelity)

@@ -10,10 +10,11 @@ from typing import cast
 from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig
-from svft_diffusion.evaluation.drawing import NAME_THE_BASE, PlannedPicture, plan_class, plan_subject
-from svft_diffusion.evaluation.existing import base_named_in, read_pictures
+from svft_diffusion.evaluation.drawing import NAME_THE_BASE, plan_class, plan_subject
+from svft_diffusion.evaluation.existing import ExistingPictures, find_pictures
+from svft_diffusion.evaluation.painter import PlannedSet
 from svft_diffusion.evaluation.report import SubjectFacts
-from svft_diffusion.evaluation.scoring import PromptedPictures, Scores
+from svft_diffusion.evaluation.scoring import Scores
 from svft_diffusion.evaluation.subjects import (
     Photos,
     SubjectPrompts,
@@ -25,21 +26,10 @@ from svft_diffusion.evaluation.subjects import (
 )
 from svft_diffusion.files import read_header
 from svft_diffusion.models.loading import resolve_base
-from svft_diffusion.sampling.adapter_choice import CheckedAdapter, check_adapter, unique_names
+from svft_diffusion.sampling.adapter_choice import check_adapter, unique_names
 from svft_diffusion.sampling.prompt_files import SubjectWords
 
 _BASE = "base"  # the folder of its pictures; no adapter's has this name
-
-
-@dataclass(frozen=True)
-class PlannedSet:
-    """The pictures by one adapter, or by none: the base model's."""
-
-    label: str
-    step: int | None
-    adapter: CheckedAdapter | None
-    of_subject: list[PlannedPicture]  # none of a base model that only serves to measure drift
-    of_class: list[PlannedPicture]
 
 
 @dataclass(frozen=True)
@@ -61,15 +51,21 @@ class PreparedSubject:
     prompts: SubjectPrompts | None = None
     base: PlannedSet | None = None
     sets: Sequence[PlannedSet] = ()
-    existing: PromptedPictures | None = None
+    existing: ExistingPictures | None = None
     made_with: str | None = None
     fingerprint: str | None = None
 
-    def planned(self) -> Iterator[PlannedPicture]:
-        """Every picture that has to be there before it can be scored."""
-        for one in [*([self.base] if self.base else []), *self.sets]:
-            yield from one.of_subject
-            yield from one.of_class
+    def planned(self) -> list[PlannedSet]:
+        """What has to be there before the subject can be scored: the base model's pictures come first."""
+        return [*([self.base] if self.base else []), *self.sets]
+
+    def rows(self) -> Iterator[tuple[str, str, str | None]]:
+        """What tells the rows of a report apart: subject, label, and digest of the adapter."""
+        if self.existing is not None:
+            yield self.source.name, self.existing.label, None
+        for one in self.planned():
+            if one.pictures:
+                yield self.source.name, one.label, None if one.adapter is None else one.adapter.sha256
 
     def facts(self, photo_scores: Scores) -> SubjectFacts:
         """What a report says of the subject."""
@@ -81,7 +77,7 @@ class PreparedSubject:
             class_word=self.words.class_word,
             prompt_source=source,
             prompts=[] if self.prompts is None else self.prompts.with_token,
-            photos=dict(zip(self.photos.names, self.photos.digests, strict=True)),
+            photos=dict(zip((file.name for file in self.photos.files), self.photos.digests, strict=True)),
             photo_scores=photo_scores,
         )
 
@@ -124,11 +120,11 @@ def prepare_subject(source: SubjectSource, config: EvaluationConfig, base: str |
     words = words_of(source, headers)
     if source.pictures is not None or base is None:
         assert source.pictures is not None  # a subject without pictures has adapters, and they name a base
-        existing = read_pictures(source.pictures, words.token or "")
-        return PreparedSubject(source, words, photos, existing=existing, made_with=base_named_in(source.pictures))
+        existing = find_pictures(source.pictures, words.token or "")
+        return PreparedSubject(source, words, photos, existing=existing, made_with=existing.base)
     prompts = prompts_of(source, words, config, base=base)
     labels = [candidate.label for candidate in source.candidates]
-    names = unique_names([_BASE, *labels])
+    names = unique_names([_BASE, *(label.lower() for label in labels)])  # folders, of which some systems ignore case
     drawn_by_base = PlannedSet(
         "base model",
         None,

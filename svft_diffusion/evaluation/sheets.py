@@ -12,20 +12,32 @@ from svft_diffusion.sampling.grid import labelled_grid
 from svft_diffusion.sampling.png import save_png
 
 _MOST_ROWS_OF_STRIP = 8
+_MOST_COLUMNS, _MOST_ROWS = 12, 100  # of a sheet
 _CELL = 160  # pixels
 
 
 def write_sheet(file: Path, drawn: PromptedPictures, photos: Sequence[Image.Image]) -> None:
-    """A row of real photos, as many as a prompt has pictures, and below them a row for each prompt.
+    """A row of real photos, as many as a prompt has pictures, and below them rows for each prompt, at most 100 in all.
 
     Raises:
         UserError: the file can't be written.
     """
-    rows: dict[str, list[Image.Image]] = {}
+    by_prompt: dict[str, list[Image.Image]] = {}
     for picture, prompt in zip(drawn.pictures, drawn.prompts, strict=True):
-        rows.setdefault(prompt or "", []).append(picture)
-    columns = max(map(len, rows.values()))
-    _write(file, [list(photos[:columns]), *rows.values()], ["real photos", *rows])
+        by_prompt.setdefault(prompt or "", []).append(picture)
+    rows, labels = [], []
+    for prompt, pictures in by_prompt.items():
+        for start in range(0, len(pictures), _MOST_COLUMNS):
+            rows.append(pictures[start : start + _MOST_COLUMNS])
+            labels.append("" if start else prompt)
+    left_out = sum(map(len, rows[_MOST_ROWS:]))
+    if left_out:
+        rows, labels = (
+            rows[:_MOST_ROWS],
+            [*labels[: _MOST_ROWS - 1], f"{labels[_MOST_ROWS - 1]} (and {left_out} more pictures)"],
+        )
+    columns = max(map(len, rows))
+    _write(file, [list(photos[:columns]), *rows], ["real photos", *labels])
 
 
 def first_of_prompts(drawn: PromptedPictures) -> dict[str, Image.Image]:

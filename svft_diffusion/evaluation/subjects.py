@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from svft_diffusion.files import AdapterHeader
 from svft_diffusion.models.loading import EMBEDDED_MODEL
 from svft_diffusion.sampling.adapter_choice import AdapterChoice
 from svft_diffusion.sampling.prompt_files import PROMPT_LISTS, PromptRow, SubjectWords, fill_in, read_prompts
-from svft_diffusion.sampling.structured_files import read_structured
-from svft_diffusion.settings import config_from_mapping, setting
+from svft_diffusion.sampling.structured_files import read_rows
+from svft_diffusion.settings import setting
 from svft_diffusion.toybox.world import SCENES
 
 TOY_LIST = "toy"
@@ -67,11 +67,28 @@ class ListedSubject:
 
 @dataclass(frozen=True)
 class Photos:
-    """The real photos of a subject."""
+    """The real photos of a subject.
 
-    names: list[str]
+    Attributes:
+        files: in the order of their names.
+        digests: SHA-256 of each.
+        skipped: pictures beside them that can't be used, with reasons.
+    """
+
+    files: list[Path]
     digests: list[str]
-    images: list[Image.Image]
+    skipped: list[str]
+
+    def images(self) -> list[Image.Image]:
+        """The photos themselves, which are too large to be kept for all subjects.
+
+        Raises:
+            UserError: one can't be read any more.
+        """
+        try:
+            return [open_photo(file) for file in self.files]
+        except (UnusablePhoto, OSError) as problem:
+            raise UserError(f"a photo in {self.files[0].parent} can't be read any more: {problem}") from problem
 
 
 @dataclass(frozen=True)
@@ -90,12 +107,10 @@ def read_subjects(file: Path) -> list[ListedSubject]:
         UserError: no such file, malformed (with the line), an unknown key, or a subject without name, photos, or
             something to score; or two of one name.
     """
-    listed = read_structured(file, "--subjects")
-    if not isinstance(listed, list) or not listed:
-        raise UserError(
-            f"--subjects {file} must hold a list of subjects, each with name, instance_data_dir and adapter"
-        )
-    subjects = [_subject(item, f"--subjects {file}, subject {number}") for number, item in enumerate(listed, 1)]
+    subjects = read_rows(file, "--subjects", "subject", ListedSubject, needed=("name", "instance_data_dir"))
+    for number, subject in enumerate(subjects, 1):
+        if (subject.adapter is None) == (subject.pictures is None):
+            raise UserError(f"--subjects {file}, subject {number} ({subject.name}): give either adapter or pictures")
     names = [str(subject.name).casefold() for subject in subjects]
     for number, name in enumerate(names, 1):
         if (first := names.index(name) + 1) != number:
@@ -109,28 +124,40 @@ def read_photos(folder: Path) -> Photos:
     Raises:
         UserError: no such folder, or no usable photo in it.
     """
-    paths = scan_photos(folder).photos
+    found = scan_photos(folder)
     try:
-        images = [open_photo(path) for path in paths]
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    except (UnusablePhoto, OSError) as problem:
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in found.photos]
+    except OSError as problem:
         raise UserError(f"a photo in {folder} can't be read any more: {problem}") from problem
-    return Photos([path.name for path in paths], digests, images)
+    return Photos(found.photos, digests, [f"{one.path.name} ({one.reason})" for one in found.unusable_pictures])
 
 
 def words_of(source: SubjectSource, headers: Sequence[AdapterHeader]) -> SubjectWords:
-    """The token and the class word: as given, else as the first adapter says that says it.
+    """The token and the class word: as given, else as the adapters say.
 
     The trigger of an adapter may be all of the subject's name, such as ``sks robot``: then the class word is no part of
     the token.
+
+    Raises:
+        UserError: the adapters say different ones, so that no prompt would suit all of them.
     """
-    token, class_word = source.token, source.class_word
-    for header in headers:
-        token = header.trigger if token is None else token
-        class_word = header.class_word if class_word is None else class_word
-    if token and class_word and token.endswith(f" {class_word}"):
-        token = token.removesuffix(class_word).rstrip()
-    return SubjectWords(token, class_word)
+    class_words = [source.class_word] if source.class_word is not None else [header.class_word for header in headers]
+    class_word = _the_one(class_words, "--class_word", source.name)
+    tokens = [source.token] if source.token is not None else [header.trigger for header in headers]
+    if class_word:
+        tokens = [(token or "").removesuffix(f" {class_word}").rstrip() for token in tokens]
+    return SubjectWords(_the_one(tokens, "--token", source.name), class_word)
+
+
+def _the_one(words: Sequence[str | None], flag: str, name: str) -> str | None:
+    """The word that all say that say one."""
+    known = list(dict.fromkeys(word for word in words if word))
+    if len(known) > 1:
+        raise UserError(
+            f"the adapters of {name} say {' and '.join(map(repr, known))}: if they are of one subject, give {flag}; "
+            "else list them with --subjects"
+        )
+    return known[0] if known else None
 
 
 def prompts_of(source: SubjectSource, words: SubjectWords, config: EvaluationConfig, *, base: str) -> SubjectPrompts:
@@ -172,21 +199,6 @@ def _read_list(name: str) -> list[str]:
         if row != PromptRow(prompt=row.prompt, name=row.name):
             raise UserError(f"--prompts {name}, prompt {number}: an evaluation takes the prompt alone, no settings")
     return [row.prompt for row in rows]
-
-
-def _subject(item: object, place: str) -> ListedSubject:
-    if not isinstance(item, Mapping):
-        raise UserError(f"{place}: expected name, instance_data_dir and adapter, got a {type(item).__name__}")
-    try:
-        subject = config_from_mapping(ListedSubject, item)
-    except UserError as problem:
-        raise UserError(f"{place}: {problem}") from None
-    for needed in ("name", "instance_data_dir"):
-        if not str(getattr(subject, needed) or "").strip():
-            raise UserError(f"{place}: {needed} is missing")
-    if (subject.adapter is None) == (subject.pictures is None):
-        raise UserError(f"{place} ({subject.name}): give either adapter or pictures")
-    return subject
 
 
 def _relative_to(folder: Path, subject: ListedSubject) -> ListedSubject:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from svft_diffusion.errors import UserError
+from svft_diffusion.settings import config_from_mapping
 from svft_diffusion.terminal import printable
 
 _LARGEST_FILE = 10_000_000  # bytes
+
+Row = TypeVar("Row")
+_DEEPEST = 100  # lists and mappings within each other
+_TOO_DEEP = f"lists and mappings are more than {_DEEPEST} deep in each other"
+_MOST_VALUES = 2_000_000  # each as often as YAML's aliases repeat it
+# That of libyaml, where PyYAML has it, is many times faster, but ends the program where it gets too deep.
+_YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_text(file: Path, what: str) -> str:
@@ -25,9 +34,11 @@ def read_text(file: Path, what: str) -> str:
             raise UserError(f"{what} {file} is larger than {_LARGEST_FILE // 1_000_000} MB")
         return file.read_text(encoding="utf-8-sig")
     except OSError as problem:
-        raise UserError(f"can't read {what} {file}: {problem.strerror or problem}") from None
+        raise UserError(f"can't read {what} {str(file)[:200]}: {problem.strerror or problem}") from None
     except UnicodeDecodeError as problem:
         raise UserError(f"{what} {file} is no UTF-8 text (byte {problem.start})") from None
+    except ValueError as problem:  # a name with a null character
+        raise UserError(f"can't read {what} {str(file)[:200]!r}: {problem}") from None
 
 
 def read_structured(file: Path, what: str) -> Any:
@@ -47,7 +58,7 @@ def read_structured(file: Path, what: str) -> Any:
                     values.append(json.loads(row))
                 line += 1
             return values
-        return json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+        return json.loads(text) if kind == "JSON" else _parse_yaml(text)
     except json.JSONDecodeError as problem:
         line, reason = line + problem.lineno - 1, problem.msg
     except yaml.MarkedYAMLError as problem:
@@ -56,3 +67,70 @@ def read_structured(file: Path, what: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: no such date
         reason = " ".join(str(problem).split())
     raise UserError(f"{what} {file}, line {line}: no {kind}: {printable(reason, 200)}")
+
+
+def _parse_yaml(text: str) -> Any:
+    """Raises `ValueError` for what is nested too deeply or grows by aliases, `yaml.YAMLError` for what is no YAML."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_YAML_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:
+                raise ValueError(_TOO_DEEP)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+    value = yaml.load(text, Loader=_YAML_LOADER)
+    _measure(value, {})
+    return value
+
+
+def _measure(value: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values are in ``value``, and how deep, aliases written out. Raises `ValueError` if it is too much.
+
+    Args:
+        known: lists and mappings measured before by their `id`; it grows.
+    """
+    if not isinstance(value, list | dict):
+        return 1, 0
+    if id(value) not in known:
+        known[id(value)] = (0, _DEEPEST)  # what holds itself is too deep
+        inner = [_measure(item, known) for item in (value.values() if isinstance(value, dict) else value)]
+        known[id(value)] = 1 + sum(count for count, _ in inner), 1 + max((depth for _, depth in inner), default=0)
+    count, depth = known[id(value)]
+    if depth > _DEEPEST:
+        raise ValueError(_TOO_DEEP)
+    if count > _MOST_VALUES:
+        raise ValueError(f"aliases make more than {_MOST_VALUES} values of it")
+    return count, depth
+
+
+def read_rows(file: Path, what: str, row_name: str, row_class: type[Row], *, needed: Sequence[str]) -> list[Row]:
+    """The rows of a list of mappings, such as one of subjects, each as an object of settings.
+
+    Args:
+        what: the flag that named the file, for messages, as ``row_name`` is.
+        needed: settings that every row must have.
+
+    Raises:
+        UserError: it can't be read, is no such list, or a row has an unknown key (with the nearest known one), a value
+            of the wrong type, or lacks one that is needed.
+    """
+    listed = read_structured(file, what)
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{what} {file} must hold a list of {row_name}s, each with {' and '.join(needed)}")
+    return [
+        _row(item, f"{what} {file}, {row_name} {number}", row_class, needed) for number, item in enumerate(listed, 1)
+    ]
+
+
+def _row(item: object, place: str, row_class: type[Row], needed: Sequence[str]) -> Row:
+    if not isinstance(item, dict):
+        raise UserError(f"{place}: expected {', '.join(needed)} and so on, got a {type(item).__name__}")
+    try:
+        row = config_from_mapping(row_class, item)
+    except UserError as problem:
+        raise UserError(f"{place}: {problem}") from None
+    for name in needed:
+        if not str(getattr(row, name) or "").strip():
+            raise UserError(f"{place}: {name} is missing")
+    return row
