@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Setting:
     def _convert_item(self, value: Any) -> Any:
         if self.kind is bool:
             converted = value if isinstance(value, bool) else None
-        elif isinstance(value, bool | list | dict):  # as text, they would be taken for a prompt
+        elif value is None or isinstance(value, bool | list | dict):  # as text, they would be taken for a prompt
             converted = None
         else:
             try:
@@ -71,10 +72,17 @@ class Setting:
             if self.kind is int and isinstance(value, float) and value != converted:
                 converted = None
         if converted is None:
-            raise UserError(f"{self.name}: expected {self.kind.__name__}, got {value!r}")
+            raise UserError(f"{self.name}: expected {self.kind.__name__}, got {_shown(value)}")
         if self.choices and converted not in self.choices:
-            raise UserError(f"{self.name}: {converted!r} is not one of {', '.join(self.choices)}")
+            raise UserError(f"{self.name}: {_shown(converted)} is not one of {', '.join(self.choices)}")
         return converted
+
+
+def _shown(value: Any) -> str:
+    """``value`` as Python writes it, but no more than a line of it; what refers to itself or to much ends in dots."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 80
+    return brief.repr(value)
 
 
 def path(text: str | Path) -> Path:
@@ -120,7 +128,7 @@ def config_from_mapping(config_class: type[Config], values: Mapping[str, Any]) -
     known = {item.name: item for item in settings_of(config_class)}
     for name in values:
         if name not in known:
-            raise UserError(f"unknown setting {name!r}{nearest_hint(str(name), known)}")
+            raise UserError(f"unknown setting {_shown(name)}{nearest_hint(str(name), known)}")
     return config_class(**{name: known[name].convert(value) for name, value in values.items()})
 
 

@@ -16,8 +16,9 @@ PACKAGE = Path(svft_diffusion.__file__).parent
 # From the top down: a part imports those that stand below it.
 LAYERS = (
     ("cli",),
+    ("app",),
     ("comparison", "editing"),
-    ("app", "training"),
+    ("training",),
     ("evaluation",),
     ("data",),
     ("sampling", "inspection", "exchange", "algebra"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,9 @@ def test_bad_input_is_refused_before_the_model_loads(
         ({"adapter": [str(models.dog)], "weights": [0.5, 0.50000001]}, "too close"),
         ({"adapter": ["missing.safetensors"]}, "missing.safetensors"),
         ({"adapter": [str(text)]}, "no safetensors file"),
+        ({"adapter": ["x" * 300]}, "is no adapter file: .*too long" if sys.platform == "linux" else ""),
+        ({"adapter": ["~nobody-of-this-name/x"]}, "x"),
+        ({"pretrained_vae_model_name_or_path": str(tmp_path)}, "holds no config.json"),
         ({"adapter": [str(models.foreign)]}, "was trained on the base"),
         ({"device": "gpu"}, "device"),
         ({"output_dir": blocked}, "can't write"),
@@ -338,6 +342,7 @@ def test_command(
     assert "4 pictures in" in output and "grid.png" in output
     assert len(list((tmp_path / "outputs" / "samples" / "001").glob("*.png"))) == 5
     assert run_command("sample", [*base, "--prompt", "a dog"]) == 0
+    assert capsys.readouterr().out.startswith("1 picture in ")
     assert (tmp_path / "outputs" / "samples" / "002" / "000_a-dog_seed0.png").is_file()
     assert run_command("sample", base) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")

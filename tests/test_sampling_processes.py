@@ -15,9 +15,16 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import ModelsOnDisk, write_models
+from PIL import Image
+from tiny_models import tiny_pipeline
+from transformers import BatchFeature
 
+from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
+from svft_diffusion.models.loading import load_pipeline
+from svft_diffusion.sampling import drawing as drawing_module
 from svft_diffusion.sampling import sample as sampler
+from svft_diffusion.sampling.png import read_png_settings
 from svft_diffusion.sampling.sample import SamplingConfig, SamplingResult, sample
 from svft_diffusion.sampling.spreading import (
     Process,
@@ -206,6 +213,107 @@ def test_somebody_elses_files_are_not_replaced(models: ModelsOnDisk, tmp_path: P
         with pytest.raises(UserError, match=f"{name} was not written by this command"):
             draw(models, output_dir)
         assert (output_dir / name).read_text(encoding="utf-8") == "mine"
+
+
+def test_grids_and_lists_of_another_run_are_not_replaced(models: ModelsOnDisk, tmp_path: Path) -> None:
+    """Its pictures have other names, but what shows and lists them has the same."""
+    one = draw(models, tmp_path, num_images=1, weights=[], prompt=['a "dog" & cat'])
+    before = contents(tmp_path)
+    other = {"num_images": 1, "weights": [], "prompt": ["a robot"]}
+    for gone in ((), ("grid.png",), ("grid.png", "index.csv"), ("grid.png", "index.html")):
+        kept = {name: content for name, content in before.items() if name not in gone}
+        for name in before:
+            (tmp_path / name).unlink(missing_ok=True)
+        for name, content in kept.items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"shows pictures of another run, such as {one.pictures[0].name}; choose"):
+            draw(models, tmp_path, **other)
+        assert contents(tmp_path) == kept
+    assert draw(models, tmp_path, **other, overwrite=True).made == 1
+    assert contents(tmp_path)[one.pictures[0].name] == before[one.pictures[0].name]
+
+
+def test_nothing_is_loaded_where_nothing_is_missing(
+    models: ModelsOnDisk, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    for name, content in expected.items():
+        if "seed" in name:
+            (output_dir / name).write_bytes(content)
+    monkeypatch.setattr(drawing_module, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert draw(models, output_dir).made == 0 and contents(output_dir) == expected
+    assert draw(models, output_dir, width=16, height=16).made == 0
+    with pytest.raises(UserError, match="is another picture"):
+        draw(models, output_dir, width=24)
+    with Image.open(next(output_dir.glob("*_w1_seed0.png"))) as picture:
+        assert picture.size == (16, 16)
+    with monkeypatch.context() as other:  # the base model's own size could be another one
+        other.setattr(sampler, "stored_resolution", lambda _: None)
+        with pytest.raises(pytest.fail.Exception, match="was loaded"):
+            draw(models, output_dir)
+
+
+def test_another_version_of_the_base_makes_other_pictures(models: ModelsOnDisk, tmp_path: Path) -> None:
+    few = {"num_images": 1, "weights": []}
+    vae = tmp_path / "another-vae"
+    changed = tiny_pipeline(5).vae
+    changed.save_pretrained(vae)
+    first = draw(models, tmp_path / "out", **few)
+    for change in ({"pretrained_vae_model_name_or_path": str(vae)}, {"revision": "main"}, {"variant": "fp16"}):
+        with pytest.raises(UserError, match="is another picture"):
+            draw(models, tmp_path / "out", **few, **change)
+    second = draw(models, tmp_path / "other", **few, pretrained_vae_model_name_or_path=str(vae))
+    assert read_png_settings(second.pictures[0])["vae"] == "another-vae"
+    assert Image.open(second.pictures[0]).tobytes() != Image.open(first.pictures[0]).tobytes()
+    assert draw(models, tmp_path / "other", **few, pretrained_vae_model_name_or_path=str(vae)).made == 0
+    with pytest.raises(UserError, match="is another picture"):
+        draw(models, tmp_path / "other", **few)
+
+
+def test_pictures_that_the_safety_checker_blacked_out_are_told(
+    models: ModelsOnDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Checker(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, images: Any, **_: Any) -> tuple[Any, list[bool]]:
+            return images * 0, [True] * len(images)
+
+    load = load_pipeline
+
+    def with_checker(*given: Any, **named: Any) -> Any:
+        pipeline = load(*given, **named)
+        pipeline.safety_checker = Checker()
+        pipeline.feature_extractor = lambda images, return_tensors: BatchFeature({"pixel_values": torch.zeros(1)})
+        return pipeline
+
+    monkeypatch.setattr(drawing_module, "load_pipeline", with_checker)
+    arguments = command(models, tmp_path)[3:]
+    few = ["--weights", "1", "--num_images", "1"]
+    arguments = [*arguments[: arguments.index("--weights")], *few, *arguments[arguments.index("3") + 1 :]]
+    assert run_command("sample", arguments) == 0
+    said = capsys.readouterr()
+    [picture] = tmp_path.glob("*_seed0.png")
+    assert f"1 picture blacked out by the base model's safety checker: {picture.name}; " in said.out
+    assert read_png_settings(picture)["blacked_out"] is True and not any(Image.open(picture).tobytes())
+    assert "blacked out" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "index.csv").read_text(encoding="utf-8").splitlines()[1].endswith(",True")
+    monkeypatch.setattr(drawing_module, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert run_command("sample", arguments) == 0 and "blacked out" in capsys.readouterr().out
+    monkeypatch.setattr(drawing_module, "load_pipeline", load)  # --disable_safety_checker leaves one out
+    assert run_command("sample", [*arguments, "--disable_safety_checker"]) == 0
+    assert "blacked out" not in capsys.readouterr().out and any(Image.open(picture).tobytes())
+
+
+def test_a_bar_is_for_terminals(
+    models: ModelsOnDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(models, tmp_path / "a", num_images=1, weights=[])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    draw(models, tmp_path / "b", num_images=2, weights=[])
+    assert "drawing" in capsys.readouterr().err
 
 
 def test_more_pictures_join_those_that_are_there(

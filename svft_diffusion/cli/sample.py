@@ -21,6 +21,7 @@ _EPILOG = """examples:
   accelerate launch --multi_gpu --num_processes 2 -m svft_diffusion sample --prompts dreambooth_object \\
       --adapter outputs/robot/adapter.safetensors --output_dir outputs/robot-prompts
 """
+_MOST_NAMES = 5  # of files in a line
 
 
 def run(argv: Sequence[str]) -> None:
@@ -42,6 +43,7 @@ def run(argv: Sequence[str]) -> None:
     given = given_settings(SamplingConfig, options)
 
     # Heavy imports come after the arguments, so that --help and typing errors answer at once.
+    from svft_diffusion.sampling.index_page import count_of
     from svft_diffusion.sampling.matrix import read_matrix
     from svft_diffusion.sampling.sample import sample
 
@@ -50,11 +52,16 @@ def run(argv: Sequence[str]) -> None:
     if result.index is None:
         return  # the first process tells about all
     there = f" ({len(result.pictures) - result.made} made before or by other processes)"
-    print(
-        f"{len(result.pictures)} pictures in {result.output_dir}{there if result.made < len(result.pictures) else ''}"
-    )
+    print(f"{count_of(result.pictures)} in {result.output_dir}{there if result.made < len(result.pictures) else ''}")
     more = f" and {len(result.grids) - 1} more" if len(result.grids) > 1 else ""
+    if result.blacked_out:
+        names = ", ".join(file.name for file in result.blacked_out[:_MOST_NAMES])
+        more = ", ..." if len(result.blacked_out) > _MOST_NAMES else ""
+        print(
+            f"{count_of(result.blacked_out)} blacked out by the base model's safety checker: {names}{more}; the same "
+            "command with --disable_safety_checker draws what is missing there"
+        )
     print(f"all of them at a glance: {result.grid}{more}, {result.index}")
-    if result.embedded:
+    if result.embedded and result.made:
         sizes = ", ".join(f"{name} ({size / 1000:.0f} kB)" for name, size in result.embedded.items())
         print(f"the pictures carry the adapters that made them: {sizes}; --no-embed_adapter leaves them out")

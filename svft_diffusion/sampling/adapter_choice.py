@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from svft_diffusion.files.carrier import file_of_adapter
 from svft_diffusion.files.training_folder import ADAPTER_FILE, adapter_file
 from svft_diffusion.models.loading import base_display_name, resolve_base
 from svft_diffusion.sampling.weight_text import component_weights, number_in, weight_number
+from svft_diffusion.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def parse_weighted_files(texts: Sequence[str]) -> list[WeightedFile]:
     """`parse_weighted_file` of each, where one that is a number alone is a weight that lost its file."""
     files = [parse_weighted_file(text) for text in texts]
     for text, file in zip(texts, files, strict=True):
-        if re.fullmatch(r"[-+]?[\d.]+", text) and not file.file.exists():
+        if re.fullmatch(r"[-+]?[\d.]+", text) and not os.path.exists(file.file):
             raise UserError(f"{text} is no adapter file; a weight follows a colon, as in FILE:{text}")
     return files
 
@@ -175,7 +177,7 @@ def unique_names(labels: Iterable[str]) -> list[str]:
 def _split_weight(text: str) -> tuple[str, str]:
     """What stands before and after the last colon that belongs to no file name or Windows drive; "" for no weight."""
     head, _, tail = text.rpartition(":")
-    if not head or Path(text).exists() or re.fullmatch(r"[A-Za-z]", head):
+    if not head or os.path.exists(text) or re.fullmatch(r"[A-Za-z]", head):
         return text, ""
     is_weight = number_in(tail) is not None or "=" in tail or _ends_like_a_file(head)
     return (head, tail) if is_weight else (text, "")
@@ -191,8 +193,12 @@ def _has_second_number(path: str, weight: str) -> bool:
 
 
 def _file_at(path: str) -> Path:
-    return adapter_file(Path(path).expanduser())
+    try:
+        return adapter_file(Path(path).expanduser())
+    except (OSError, RuntimeError, ValueError) as problem:  # a name that is too long, or of an unknown user's home
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{printable(path, 200)} is no adapter file: {reason}") from None
 
 
 def _ends_like_a_file(text: str) -> bool:
-    return text.lower().endswith((".safetensors", ".png")) or (bool(text) and Path(text).exists())
+    return text.lower().endswith((".safetensors", ".png")) or (bool(text) and os.path.exists(text))

@@ -98,9 +98,10 @@ def known_name(name: str, known: Mapping[str, object], place: str) -> str:
     """
     usable = usable_adapter_name(name)
     if usable not in known:
-        there = f"; there are {', '.join(known)}" if known else "; give its file by --adapter"
         short = name if len(name) <= 80 else f"{name[:77]}..."
-        raise UserError(f"{place} names an unknown adapter {short!r}{nearest_hint(usable[:80], known)}{there}")
+        hint = nearest_hint(usable[:80], known)
+        there = f"{' There' if hint else '; there'} are {', '.join(known)}" if known else "; give its file by --adapter"
+        raise UserError(f"{place} names an unknown adapter {short!r}{hint}{there}")
     return usable
 
 

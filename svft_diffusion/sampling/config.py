@@ -32,6 +32,12 @@ class SamplingConfig:
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub model", group="base model")
     variant: str | None = setting(None, "file variant of the base model, such as fp16", group="base model")
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None,
+        "another VAE for the pictures: its folder, or its name on the Hub (default: the base's)",
+        group="base model",
+    )
+    local_files_only: bool = setting(False, "never ask the Hub; use what was downloaded before", group="base model")
     disable_safety_checker: bool = setting(
         False, "leave out the safety checker that the base model brings along", group="base model"
     )
@@ -91,7 +97,9 @@ class SamplingConfig:
     output_dir: Path | None = setting(
         None, "where to write, default: a new numbered folder in outputs/samples", group="output"
     )
-    overwrite: bool = setting(False, "replace other pictures of the same names", group="output")
+    overwrite: bool = setting(
+        False, "replace other pictures of the same names, and grids and lists of other pictures", group="output"
+    )
     embed_adapter: bool | None = setting(
         None,
         "put the adapters that made a picture into it, so that the picture can be loaded like an adapter "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,6 +13,13 @@ from PIL import Image
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import load_pipeline
+
+
+class Drawn(NamedTuple):
+    """A picture from a pipeline."""
+
+    image: Image.Image
+    blacked_out: bool  # by the base model's safety checker
 
 
 def open_pipeline(
@@ -23,15 +30,23 @@ def open_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     base_config: Path | None = None,
+    vae: str | None = None,
+    local_files_only: bool = False,
     disable_safety_checker: bool = False,
 ) -> DiffusionPipeline:
-    """The base model ``name`` on ``device``, ready for `generate`.
+    """The base model ``name`` on ``device``, ready for `generate`; see `svft_diffusion.models.loading.load_pipeline`.
 
     Raises:
         UserError: the model can't be loaded.
     """
     pipeline = load_pipeline(
-        name, dtype=getattr(torch, dtype), revision=revision, variant=variant, base_config=base_config
+        name,
+        dtype=getattr(torch, dtype),
+        revision=revision,
+        variant=variant,
+        base_config=base_config,
+        vae=vae,
+        local_files_only=local_files_only,
     )
     if disable_safety_checker and getattr(pipeline, "safety_checker", None) is not None:
         pipeline.register_modules(safety_checker=None)
@@ -75,7 +90,7 @@ def generate(
         width=width,
         max_sequence_length=max_sequence_length,
         on_step=on_step,
-    )[0]
+    )[0].image
 
 
 def generate_batch(
@@ -90,7 +105,7 @@ def generate_batch(
     width: int | None = None,
     max_sequence_length: int | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> list[Image.Image]:
+) -> list[Drawn]:
     """A picture for each seed, in one pass; see `generate`, whose pictures these are but for rounding.
 
     Raises:
@@ -116,8 +131,9 @@ def generate_batch(
         callback_on_step_end=report,
         **texts,
     )
-    images: list[Image.Image] = result.images
-    return images
+    # Not every pipeline has a safety checker, and one that was left out says nothing.
+    blacked_out = getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
+    return [Drawn(image, bool(black)) for image, black in zip(result.images, blacked_out, strict=True)]
 
 
 def arguments_of_few(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.sampling.parameters import adapters_text
@@ -19,10 +20,12 @@ HTML_FILE = "index.html"
 _COLUMNS = (
     "file", "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler",
     "scheduler_option", "adapters", "base", "dtype", "width", "height",
+    "blacked_out",
 )  # fmt: skip
 _BEGINNING = (
     '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="generator" content="svft_diffusion">'
 )
+_LINK = re.compile(r'<a href="([^"]*)"><img ')
 _STYLE = """\
 :root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif }
 body { margin: 1rem }
@@ -35,15 +38,24 @@ figcaption { font-size: .85rem; white-space: pre-wrap }
 """
 
 
-def is_index(file: Path) -> bool:
-    """Whether `write_index` wrote a file."""
+def pictures_of_index(file: Path) -> set[str] | None:
+    """Names of the pictures that a file of `write_index` lists; None for a file of somebody else."""
     try:
-        with file.open(encoding="utf-8") as text:
-            beginning = text.read(len(_BEGINNING))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return False
-    header = ",".join(_COLUMNS)
-    return beginning == _BEGINNING if file.suffix == ".html" else beginning.startswith(header[: len(_BEGINNING)])
+        return None
+    if file.suffix == ".html":
+        links = _LINK.findall(text)
+        return {unquote(unescape(link)) for link in links} if text.startswith(_BEGINNING) else None
+    if not text.startswith(",".join(_COLUMNS[:-1])):
+        return None
+    longest = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a prompt may be of any length
+    try:
+        return {row["file"] for row in csv.DictReader(io.StringIO(text, newline=""))}
+    except csv.Error:
+        return None
+    finally:
+        csv.field_size_limit(longest)
 
 
 def write_index(output_dir: Path, pictures: Sequence[tuple[str, Mapping[str, Any]]]) -> Path:
@@ -55,6 +67,11 @@ def write_index(output_dir: Path, pictures: Sequence[tuple[str, Mapping[str, Any
     rows = [_row(name, settings) for name, settings in pictures]
     _write(output_dir / CSV_FILE, _csv(rows))
     return _write(output_dir / HTML_FILE, _html(rows))
+
+
+def count_of(pictures: Sequence[object]) -> str:
+    """``1 picture`` or ``2 pictures``."""
+    return f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'}"
 
 
 def _row(name: str, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -93,7 +110,7 @@ def _html(rows: Sequence[Mapping[str, str]]) -> str:
         [
             _BEGINNING,
             '<meta name="viewport" content="width=device-width">',
-            f"<title>{len(rows)} pictures</title>",
+            f"<title>{count_of(rows)}</title>",
             f"<style>\n{_STYLE}{chr(10).join(rules)}\n</style>",
             f'<form>{" ".join(menus)} <a href="{CSV_FILE}">{CSV_FILE}</a></form>',
             "<main>",
@@ -113,6 +130,7 @@ def _figure(row: Mapping[str, str], numbers: Mapping[str, int]) -> str:
         f"without {row['negative_prompt']}" if row["negative_prompt"] else "",
         row["adapters"],
         facts,
+        "blacked out by the safety checker" if row["blacked_out"] else "",
     ]
     caption = escape("\n".join(part for part in parts if part))
     address = escape(quote(row["file"]))

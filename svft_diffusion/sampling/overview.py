@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from svft_diffusion.sampling.folder import GRID_FILE, GRID_NAME
+from svft_diffusion.sampling.folder import GRID_FILE, GRID_NAME, pictures_of_grid
 from svft_diffusion.sampling.grid import LARGEST_DEFAULT_CELL, labelled_grid
 from svft_diffusion.sampling.index_page import write_index
 from svft_diffusion.sampling.plan import PlannedRow
@@ -17,8 +17,16 @@ from svft_diffusion.sampling.png import read_png, save_png
 _PICTURES_OF_GRID = 100  # as many are in memory at a time
 
 
-def write_overview(output_dir: Path, rows: Sequence[PlannedRow]) -> tuple[list[Path], Path]:
-    """Write the grids and the index of pictures that are all there; grids of an earlier, longer run go.
+class Overview(NamedTuple):
+    """Files that show or list a run's pictures."""
+
+    grids: list[Path]
+    page: Path  # index.html
+    blacked_out: list[Path]  # of the pictures, those that the base model's safety checker has hidden
+
+
+def write_overview(output_dir: Path, rows: Sequence[PlannedRow]) -> Overview:
+    """Write the grids and the index of pictures that are all there; other grids of this command go.
 
     Raises:
         UserError: a picture is gone, or the folder can't be written to.
@@ -37,9 +45,10 @@ def write_overview(output_dir: Path, rows: Sequence[PlannedRow]) -> tuple[list[P
         name = GRID_FILE if len(pages) == 1 else f"grid-{number:03d}.png"
         grids.append(save_png(grid, output_dir / name, {"pictures": names}))
     for file in output_dir.iterdir():
-        if GRID_NAME.fullmatch(file.name) and file not in grids:
+        if GRID_NAME.fullmatch(file.name) and file not in grids and pictures_of_grid(file) is not None:
             file.unlink()
-    return grids, write_index(output_dir, listed)
+    blacked_out = [output_dir / name for name, told in listed if told.get("blacked_out")]
+    return Overview(grids, write_index(output_dir, listed), blacked_out)
 
 
 def _pages(rows: Sequence[PlannedRow]) -> Iterator[list[PlannedRow]]:

@@ -23,6 +23,9 @@ from svft_diffusion.sampling.prompt_syntax import split_prompt
 from svft_diffusion.sampling.schedulers import DEFAULT, scheduler_name
 from svft_diffusion.version import __version__
 
+SETTINGS_OF_FEW = ("scheduler_option", "batch_size", "revision", "variant", "vae")
+"""Settings that a picture's file tells only where they are not the usual ones."""
+
 _LARGEST_SEED = 2**63 - 1
 _SLUG_LENGTH = 40
 _MOST_PICTURES = 100_000
@@ -240,12 +243,24 @@ def _rows_of(
                     dtype=config.dtype,
                 )
                 | ({} if scheduler == DEFAULT else {"scheduler_option": scheduler})
-                | ({} if config.batch_size == 1 else {"batch_size": config.batch_size}),
+                | ({} if config.batch_size == 1 else {"batch_size": config.batch_size})
+                | _version_of_base(config),
             )
             for seed in _seeds(given, config)
         ]
         label = "\n".join([prompt, *told.values()])
         yield PlannedRow(label, prompt, negative_prompt, scaled_uses, scheduler, steps, guidance, pictures)
+
+
+def _version_of_base(config: SamplingConfig) -> dict[str, str]:
+    """What is said of the base model besides its name."""
+    vae = config.pretrained_vae_model_name_or_path
+    told = {
+        "revision": config.revision,
+        "variant": config.variant,
+        "vae": None if vae is None else base_display_name(vae),
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _check_names(rows: Sequence[PlannedRow]) -> None:

@@ -7,6 +7,7 @@ come the adapters that the picture carries, see `svft_diffusion.files.carrier`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.carrier import ADAPTER_CHUNK, SETTINGS_KEYWORD
+from svft_diffusion.files.carrier import ADAPTER_CHUNK, SETTINGS_KEYWORD, settings_in_png
 from svft_diffusion.files.whole_files import replace_when_whole
-from svft_diffusion.sampling.parameters import parameters_text
+from svft_diffusion.sampling.parameters import parameters_text, parse_parameters
 
 PARAMETERS_CHUNK = "parameters"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -81,6 +82,34 @@ def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any]]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds damaged settings: not an object")
     return picture, settings
+
+
+def told_settings(data: bytes, label: str) -> dict[str, Any]:
+    """The settings that a picture tells: those of `save_png` or, of another tool, what its ``parameters`` chunk tells.
+
+    Args:
+        data: the whole PNG file; its pixels are not decoded.
+        label: what messages call it.
+
+    Returns:
+        Empty where it tells none. What another tool calls its sampler is ``scheduler_option``, in that tool's words.
+
+    Raises:
+        UserError: no PNG picture, or a damaged one.
+    """
+    if settings := settings_in_png(data, label):
+        return settings
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            text = image.info.get(PARAMETERS_CHUNK)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise UserError(f"{label} can't be read as a PNG picture: {problem}") from problem
+    if not isinstance(text, str):
+        return {}
+    settings = parse_parameters(text)
+    if "scheduler" in settings:
+        settings["scheduler_option"] = settings.pop("scheduler")
+    return settings
 
 
 def is_damaged_png(path: Path) -> bool:

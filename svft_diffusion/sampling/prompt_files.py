@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,9 +60,9 @@ def read_prompts(source: str | Path) -> list[PromptRow]:
         UserError: no such file, a field that is unknown or of the wrong type, or no prompt at all.
     """
     file = Path(source)
-    if str(source) in PROMPT_LISTS and not file.exists():
+    if str(source) in PROMPT_LISTS and not os.path.exists(file):
         file = _LISTS_FOLDER / f"{source}.txt"
-    elif not file.exists() and (hint := nearest_hint(str(source), PROMPT_LISTS)):
+    elif not os.path.exists(file) and (hint := nearest_hint(str(source)[:80], PROMPT_LISTS)):
         raise UserError(f"--prompts {source}: no such file or list{hint}")
     rows = [_row(values, f"--prompts {file}, {place}") for place, values in _items(file)]
     if not rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ from svft_diffusion.factors import use_cache
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models.loading import default_resolution, resolve_base
 from svft_diffusion.models.text import truncated_text
+from svft_diffusion.models.vae import resolve_vae
 from svft_diffusion.sampling.acting import acting_adapters
 from svft_diffusion.sampling.adapter_choice import refuse_twice
 from svft_diffusion.sampling.adapter_sets import AdapterSets, LoadedSets, check_sets, entries_of
 from svft_diffusion.sampling.config import SamplingConfig
+from svft_diffusion.sampling.default_size import stored_resolution
 from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.sampling.drawing import arguments_of_few, facts_of, generate, generate_batch, open_pipeline
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
@@ -52,6 +55,7 @@ from svft_diffusion.terminal import printable
 __all__ = ["SamplingConfig", "SamplingResult", "facts_of", "generate", "open_pipeline", "sample"]
 
 DEFAULT_OUTPUT_PARENT = Path("outputs/samples")
+_PAUSE_IN_FILES = 30.0  # seconds between lines on the progress that no terminal shows
 
 _Batch = tuple[list[PlannedPicture], list[PlannedPicture]]  # all of its pictures, and those that are missing
 
@@ -66,6 +70,7 @@ class SamplingResult:
     grids: list[Path]  # none from processes other than the first
     index: Path | None
     embedded: dict[str, int]  # adapters that the pictures carry where they act, with their sizes in bytes
+    blacked_out: list[Path]  # of the pictures, those that the base model's safety checker has hidden; as the grids
 
     @property
     def grid(self) -> Path:
@@ -90,6 +95,8 @@ def sample(config: SamplingConfig, adapters: AdapterSets | None = None) -> Sampl
     use_cache(config.factor_cache, config.factor_cache_size)
     device = resolve_device(device_of(process, config.device))
     resolve_base(config.pretrained_model_name_or_path, config.base_config)
+    if config.pretrained_vae_model_name_or_path is not None:
+        resolve_vae(config.pretrained_vae_model_name_or_path)
     prompts = read_prompt_rows(config)
     loaded = check_sets(
         adapters or AdapterSets(entries_of(config.adapter)),
@@ -101,27 +108,65 @@ def sample(config: SamplingConfig, adapters: AdapterSets | None = None) -> Sampl
     refuse_twice(loaded.adapters.values())
     rows = plan_rows(config, prompts, loaded)
     output_dir = _output_dir(config, process)
-    finished_pictures(output_dir, rows, width=config.width, height=config.height, overwrite=config.overwrite)
+    finished = _finished(output_dir, rows, config, config.width, config.height)
     check_writable(output_dir)
 
-    with threads_of_torch(config.threads):
-        with drawing(output_dir, process):
-            work = _Work(_open_base(config, device), config, rows, output_dir, embedded)
-            finished = work.finished()
-            work.load(loaded, notes=process.is_first)
-            made = work.draw(finished, process)
-        if process.is_first and process.count > 1:
-            wait_for_others(output_dir, process)
-            made += work.draw(work.finished(), Process())  # what a process that was ended has left
-    grids, index = write_overview(output_dir, rows) if process.is_first else ([], None)
+    made = 0
+    if not _is_all_there(finished, rows, config):
+        with threads_of_torch(config.threads):
+            made = _draw_missing(config, rows, loaded, output_dir, embedded, device, process)
+    overview = write_overview(output_dir, rows) if process.is_first else None
     return SamplingResult(
         output_dir,
         [output_dir / picture.file_name for row in rows for picture in row.pictures],
         made,
-        grids,
-        index,
+        overview.grids if overview else [],
+        overview.page if overview else None,
         embedded={name: len(content) for name, content in embedded.items()},
+        blacked_out=overview.blacked_out if overview else [],
     )
+
+
+def _finished(
+    output_dir: Path, rows: Sequence[PlannedRow], config: SamplingConfig, width: int | None, height: int | None
+) -> dict[str, tuple[int, int]]:
+    """See `finished_pictures`."""
+    return finished_pictures(
+        output_dir,
+        rows,
+        width=width,
+        height=height,
+        overwrite=config.overwrite,
+        disable_safety_checker=config.disable_safety_checker,
+    )
+
+
+def _is_all_there(finished: Mapping[str, tuple[int, int]], rows: Sequence[PlannedRow], config: SamplingConfig) -> bool:
+    """Whether there is surely nothing to draw; if the size is not given, only a base model in a folder tells it."""
+    resolution = stored_resolution(config.pretrained_model_name_or_path)
+    size = (config.width or resolution, config.height or resolution)
+    return len(finished) == sum(len(row.pictures) for row in rows) and all(found == size for found in finished.values())
+
+
+def _draw_missing(
+    config: SamplingConfig,
+    rows: Sequence[PlannedRow],
+    loaded: LoadedSets,
+    output_dir: Path,
+    embedded: Mapping[str, bytes],
+    device: torch.device,
+    process: Process,
+) -> int:
+    """Draw this process's share; the first one then what the others have left. The number of pictures made."""
+    with drawing(output_dir, process):
+        work = _Work(_open_base(config, device), config, rows, output_dir, embedded)
+        finished = work.finished()
+        work.load(loaded, notes=process.is_first)
+        made = work.draw(finished, process)
+    if process.is_first and process.count > 1:
+        wait_for_others(output_dir, process)
+        made += work.draw(work.finished(), Process())  # what a process that was ended has left
+    return made
 
 
 def _open_base(config: SamplingConfig, device: torch.device) -> DiffusionPipeline:
@@ -133,6 +178,8 @@ def _open_base(config: SamplingConfig, device: torch.device) -> DiffusionPipelin
         revision=config.revision,
         variant=config.variant,
         base_config=config.base_config,
+        vae=config.pretrained_vae_model_name_or_path,
+        local_files_only=config.local_files_only,
         disable_safety_checker=config.disable_safety_checker,
     )
 
@@ -164,10 +211,8 @@ class _Work:
         self._schedulers = {name: make_scheduler(pipeline, name) for name in {row.scheduler for row in rows}}
 
     def finished(self) -> set[str]:
-        """See `finished_pictures`."""
-        return finished_pictures(
-            self._output_dir, self._rows, width=self._width, height=self._height, overwrite=self._config.overwrite
-        )
+        """Names of the pictures that need not be made; see `finished_pictures`."""
+        return {*_finished(self._output_dir, self._rows, self._config, self._width, self._height)}
 
     def load(self, loaded: LoadedSets, *, notes: bool) -> None:
         """Load the adapters, and check what only the model can tell; with ``notes`` on prompts that are too long.
@@ -192,7 +237,11 @@ class _Work:
         shares = list(self._share(finished, process))
         made = 0
         total = sum(len(missing) for _, batches in shares for _, missing in batches)
-        with tqdm(total=total, unit="picture", disable=not process.is_first or not total) as progress:
+        pause = 0.1 if sys.stderr.isatty() else _PAUSE_IN_FILES
+        with tqdm(
+            total=total, desc="drawing", unit="picture", mininterval=pause, delay=pause,
+            disable=not process.is_first or not total,
+        ) as progress:  # fmt: skip
             for row, batches in shares:
                 self._pipeline.scheduler = self._schedulers[row.scheduler]
                 with acting_adapters(self._pipeline, row.uses):
@@ -217,7 +266,7 @@ class _Work:
                 yield row, batches
 
     def _draw_batch(self, row: PlannedRow, batch: list[PlannedPicture], missing: list[PlannedPicture]) -> None:
-        images = generate_batch(
+        drawn = generate_batch(
             self._pipeline,
             row.prompt,
             seeds=[picture.seed for picture in batch],
@@ -228,9 +277,10 @@ class _Work:
             width=self._width,
         )
         carried = embedded_in_picture(self._embedded, {name: use.weight for name, use in row.uses.items()})
-        for picture, image in zip(batch, images, strict=True):
+        for picture, (image, blacked_out) in zip(batch, drawn, strict=True):
             if picture in missing:
                 settings = picture.settings | facts_of(self._pipeline, image)
+                settings |= {"blacked_out": True} if blacked_out else {}
                 save_png(image, self._output_dir / picture.file_name, settings, carried)
 
 

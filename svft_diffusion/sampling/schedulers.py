@@ -41,20 +41,24 @@ _OF_FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
 # Where the base's own scheduler has no such setting: latents are not confined to [-1, 1] as pixels are, and the last
 # step ends where that of Stable Diffusion does.
 _OF_LATENTS = {"clip_sample": False, "set_alpha_to_one": False}
+_SPELLINGS = {"dpmpp": "dpm++", "ancestral": "a", "uni_pc": "unipc"}  # of other tools
 SCHEDULERS = (DEFAULT, *_OF_DIFFUSION, *_OF_FLOWS)
 
 
 def scheduler_name(text: str) -> str:
-    """The name of `SCHEDULERS` that somebody means: ``DPM++ 2M Karras`` is ``dpm++_2m_karras``.
+    """The name of `SCHEDULERS` that somebody means: ``DPM++ 2M Karras`` and ``k_dpmpp_2m_karras`` are
+    ``dpm++_2m_karras``.
 
     Raises:
         UserError: there is none, with the nearest one.
     """
-    name = re.sub(r"[\s\-]+", "_", text.strip().lower())
+    name = re.sub(r"[\s\-]+", "_", text.strip().lower()).removeprefix("k_")
+    for other, ours in _SPELLINGS.items():
+        name = name.replace(other, ours)
     if name not in SCHEDULERS:
-        raise UserError(
-            f"unknown scheduler {text!r}{nearest_hint(name, SCHEDULERS)}; choose from {', '.join(SCHEDULERS)}"
-        )
+        hint = nearest_hint(name[:80], SCHEDULERS)
+        there = " There" if hint else "; there"
+        raise UserError(f"unknown scheduler {text[:80]!r}{hint}{there} are {', '.join(SCHEDULERS)}")
     return name
 
 
