@@ -19,6 +19,11 @@ from svft_diffusion.errors import UserError
 
 Config = TypeVar("Config")
 
+_KINDS: dict[type, str] = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path",
+}  # fmt: skip
+"""What a value of each type is called in messages."""
+
 
 def setting(default: Any, help: str, *, group: str = "", choices: Sequence[str] = ()) -> Any:
     """A dataclass field with its documentation; a list as ``default`` is copied for each instance."""
@@ -72,7 +77,7 @@ class Setting:
             if self.kind is int and isinstance(value, float) and value != converted:
                 converted = None
         if converted is None:
-            raise UserError(f"{self.name}: expected {self.kind.__name__}, got {_shown(value)}")
+            raise UserError(f"{self.name}: expected {_KINDS[self.kind]}, got {_shown(value)}")
         if self.choices and converted not in self.choices:
             raise UserError(f"{self.name}: {_shown(converted)} is not one of {', '.join(self.choices)}")
         return converted
@@ -139,6 +144,13 @@ def config_to_mapping(config: Any) -> dict[str, Any]:
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """``, did you mean 'x'?`` for the known name nearest to ``name``, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
+    """``, did you mean 'x'?`` for the known name nearest to ``name``, or nothing.
+
+    Where none is near as a whole, it is one that ends with a word near to it: ``promt`` is near to ``instance_prompt``.
+    """
+    names = list(known)
+    matches = difflib.get_close_matches(name, names, n=1)
+    if not matches:
+        last_words = {known_name.rpartition("_")[2]: known_name for known_name in reversed(names)}
+        matches = [last_words[word] for word in difflib.get_close_matches(name, last_words, n=1, cutoff=0.8)]
     return f", did you mean {matches[0]!r}?" if matches else ""

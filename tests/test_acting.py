@@ -282,6 +282,12 @@ def test_masks_of_every_kind(tmp_path: Path, kind: str) -> None:
     assert read_mask(tmp_path / "mask.png").tolist() == [pytest.approx([0.0, 0.2, 1.0])]
 
 
+def test_a_mask_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        read_mask(tmp_path / "none.png")
+    assert str(refused.value) == f"the mask {tmp_path / 'none.png'} can't be read as a PNG picture: no such file"
+
+
 def test_a_box_covers_parts_of_cells() -> None:
     covered = Region((0.25, 0.0, 0.5, 1.0)).coverage(2, 6)
     assert covered.tolist() == [[0, 0.5, 1, 0, 0, 0]] * 2
@@ -385,6 +391,10 @@ def test_tags_leave_the_prompt() -> None:
         ("<adapter:dog:inf>", "finite"),
         ("<adapter:dog:vae=1>", "no component 'vae'"),
         ("<adapter:dog:1> <adapter:dog:2>", "twice"),
+        ("a dog <adapter:dog", "<adapter:dog: a tag has no end; write <adapter:dog:0.8>"),
+        ("<Adapter:dog:1 <adapter:cat:1> here", "<Adapter:dog:1 .*here: a tag has no end"),
+        ("<adapter:dog:>", "the weight after the last colon is missing"),
+        ("<adapter:dog: >", "the weight after the last colon is missing"),
     ],
 )
 def test_wrong_tags_are_refused(prompt: str, said: str) -> None:

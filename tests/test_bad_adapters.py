@@ -72,7 +72,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError("the app started")
 
-    monkeypatch.setattr("svft_diffusion.app.launch.launch", refuse)
+    monkeypatch.setattr("svft_diffusion.app.serving.launch.launch", refuse)
 
 
 def rewritten(models: ModelsOnDisk, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:

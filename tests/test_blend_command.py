@@ -129,6 +129,52 @@ def test_a_report_writes_nothing(disk: Path, tmp_path: Path, capsys: pytest.Capt
     assert sorted(disk.iterdir()) == before and not list(tmp_path.iterdir())
 
 
+def test_a_report_beside_a_blend(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "both.safetensors"
+    assert blend(disk, "dog.safetensors", "style.safetensors", "--report", "-o", str(out)) == 0
+    shown = capsys.readouterr().out
+    assert "layers that share most" in shown and f"wrote {out}" in shown
+    plain = tmp_path / "plain.safetensors"
+    assert blend(disk, "dog.safetensors", "style.safetensors", "-o", str(plain)) == 0
+    assert out.read_bytes() == plain.read_bytes()
+
+
+def test_a_title_and_a_trigger_of_its_own(disk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "both.safetensors"
+    facts = ("--title", "Dog & style", "--trigger", "sks both")
+    assert blend(disk, "dog.safetensors", "style.safetensors", *facts, "-o", str(out)) == 0
+    header = read_header(out)
+    assert (header.title, header.trigger) == ("Dog & style", "sks both")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"),
+    [
+        (["dog.safetensors:1e30", "--dtype", "float16", "-o", "x.safetensors"], "float16 ends at 65504"),
+        (["dog.safetensors:te=1e30", "--dtype", "float16", "-o", "x.safetensors"], "float16 ends at 65504"),
+        (["dog.safetensors", "style.safetensors:1e300", "-o", "x.safetensors"], "float32 ends at 3.4028e+38"),
+        (["dog.safetensors:-1e300", "--report"], "float32 ends at 3.4028e+38"),
+    ],
+)
+def test_weights_that_overflow_are_refused_before_the_base_is_loaded(
+    disk: Path, arguments: list[str], limit: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svft_diffusion.cli.blend.load_base", lambda *_: pytest.fail("the base was loaded"))
+    assert blend(disk, *arguments) == 2
+    said = capsys.readouterr().err
+    assert limit in said and "use a smaller weight" in said and said.count("\n") == 1 and "training" not in said
+
+
+def test_a_sum_that_overflows_blames_the_sum(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.safetensors"
+    largest = max(float(tensor.abs().max()) for key, tensor in read_adapter(disk / "dog.safetensors")[1].items()
+                  if key.endswith(".values"))  # fmt: skip
+    half = f"dog.safetensors:{60000 / largest}"
+    assert blend(disk, half, half, "--dtype", "float16", "-o", str(out)) == 2
+    said = capsys.readouterr().err
+    assert "too large for float16" in said and "training" not in said and not out.exists()
+
+
 def test_a_plot_beside_a_report(disk: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plot.png"
@@ -241,7 +287,6 @@ def test_values_in_half_precision(disk: Path, tmp_path: Path) -> None:
         (["dog.safetensors:te=nan", "-o", "x.safetensors"], "finite"),
         (["dog.safetensors", "0.7", "-o", "x.safetensors"], "a weight follows a colon"),
         (["dog.safetensors", "style.safetensors"], "say where to write"),
-        (["dog.safetensors", "--report", "-o", "x.safetensors"], "say where to write"),
         (["dog.safetensors", "-o", "dog.safetensors"], "one of the files to read"),
         (["dog.safetensors", "-o", "style.safetensors"], "there already"),
         (["dog.safetensors", "--interpolate", "0.5", "-o", "x.safetensors"], "takes two adapters"),
@@ -252,6 +297,10 @@ def test_values_in_half_precision(disk: Path, tmp_path: Path) -> None:
         (["dog.safetensors", "foreign.safetensors", "-o", "x.safetensors"], "foreign.safetensors"),
         (["none.safetensors", "-o", "x.safetensors"], "can't read"),
         (["dog.safetensors:0", "-o", "x.safetensors"], "all weights are 0"),
+        (["dog.safetensors", "dog.safetensors:-1", "-o", "x.safetensors"], "nothing is left: the adapters cancel"),
+        (["dog.safetensors", "--title", "x" * 201, "-o", "x.safetensors"], "the title"),
+        (["dog.safetensors", "--trigger", "a\nb", "-o", "x.safetensors"], "the trigger"),
+        (["dog.safetensors", "--trigger", "sks", "--report"], "--trigger belongs to -o"),
         (
             [
                 "dog.safetensors",

@@ -9,7 +9,7 @@ import pytest
 from training_runs import short_run
 
 from svft_diffusion.app.config import AppConfig
-from svft_diffusion.app.launch import build_app
+from svft_diffusion.app.serving.launch import build_app
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import CACHE_SIZE_VARIABLE, location, use_cache
 from svft_diffusion.training.trainer import train

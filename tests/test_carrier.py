@@ -20,7 +20,7 @@ from tiny_models import tiny_pipeline
 
 from svft_diffusion import load_adapter
 from svft_diffusion.adapters import adapter_state, loaded_adapters
-from svft_diffusion.app.studio import PictureRequest, Studio
+from svft_diffusion.app.drawing.studio import PictureRequest, Studio
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import read_adapter

@@ -19,6 +19,7 @@ from svft_diffusion.data.dataset import Picture, pictures_with_prompts
 from svft_diffusion.data.order import PictureOrder, ShuffledOrder, Turns
 from svft_diffusion.data.photos import scan_photos
 from svft_diffusion.errors import UserError
+from svft_diffusion.training.subjects import folder_notes
 
 PROMPT = "a photo of sks dog"
 
@@ -65,6 +66,21 @@ def test_captions_from_text_files(photos: Path) -> None:
     (photos / "a.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match=r"a\.txt can't be read as UTF-8"):
         prompts_of(photos, "txt")
+
+
+def test_captions_that_nobody_asked_for_are_told(photos: Path) -> None:
+    def told(source: str) -> list[str]:
+        found = scan_photos(photos)
+        notes = folder_notes(photos, found, read_captions(photos, found, source))
+        return [note for note in notes if "captions lie beside the photos" in note]
+
+    assert told("none") == []
+    photo = scan_photos(photos).photos[0]
+    (photos / "metadata.jsonl").write_text(f'{{"file_name": "{photo.name}", "text": "a"}}', encoding="utf-8")
+    assert "--caption_source metadata uses them" in told("none")[0]
+    photo.with_suffix(".txt").write_text("a dog", encoding="utf-8")
+    assert "--caption_source txt uses them" in told("none")[0]
+    assert told("txt") == told("metadata") == []
 
 
 def test_captions_from_metadata(photos: Path) -> None:
@@ -142,7 +158,7 @@ def test_concepts_from_json_and_yaml(tmp_path: Path) -> None:
         ("[{instance_promt: x, instance_data_dir: y}]", "'instance_promt', did you mean 'instance_prompt'"),
         ("[{instance_prompt: x}]", "subject 1: instance_data_dir is missing"),
         ("[{instance_prompt: ' ', instance_data_dir: y}]", "subject 1: instance_prompt is missing"),
-        ("[{instance_prompt: [x], instance_data_dir: y}]", "subject 1: instance_prompt: expected str"),
+        ("[{instance_prompt: [x], instance_data_dir: y}]", "subject 1: instance_prompt: expected text"),
         ("[{instance_prompt: x, instance_data_dir: y}, {instance_prompt: z, instance_data_dir: ./y}]", "same photos"),
         ("[{instance_prompt: x, instance_data_dir: y}, {instance_prompt: 'x ', instance_data_dir: z}]", "own rare wor"),
         ("[" * 20_000, "no YAML"),

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import ModelsOnDisk, write_models
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxPipeline, HeunDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from tiny_models import tiny_pipeline_sdxl, tiny_vae
 from tiny_transformers import tiny_pipeline_flux, tiny_pipeline_sd3
 
 from svft_diffusion.editing import EditConfig, EditResult, edit_picture
-from svft_diffusion.editing.drawing import drawing_pipeline
+from svft_diffusion.editing.drawing import Editor, drawing_pipeline
 from svft_diffusion.editing.frame import make_frame
+from svft_diffusion.editing.inpainting import KnownLatents, cells_to_draw
 from svft_diffusion.errors import UserError
+from svft_diffusion.evaluation.toy_subjects import demonstration_subject, write_photos
 from svft_diffusion.files import read_header
 from svft_diffusion.models.loading import load_pipeline
 from svft_diffusion.sampling.png import read_png_settings
@@ -194,6 +196,118 @@ def test_inpainting_leaves_the_rest_alone(models: ModelsOnDisk, photo: Path, tmp
         black = np.asarray(image) == 0
     assert np.array_equal(drawn[black], before[black])
     assert (drawn[~black] != before[~black]).any(axis=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_inpainting_on_the_embedded_model(tmp_path: Path, strength: float) -> None:
+    """Its latents have eight channels, which diffusers' inpainting refuses."""
+    subject = demonstration_subject()
+    photo = write_photos(subject, tmp_path / "photos")[0]
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    config = edit_config(
+        Path("toybox"), tmp_path / "edit.png", mode="inpaint", mask=tmp_path / "mask.png", strength=strength,
+        num_inference_steps=8, prompt="a photo of a robot in the snow",
+    )  # fmt: skip
+    edited = pixels(edit_picture(photo, config))
+    with Image.open(photo) as image:
+        picture = image.convert("RGB")
+    before = np.asarray(picture, dtype=int)
+    assert np.array_equal(edited[:, :32], before[:, :32])
+    assert np.abs(edited[:, 32:] - before[:, 32:]).mean() > 10
+
+    # What the model drew goes on from the known part, which is why it was put back after every step.
+    base = load_pipeline("toybox")
+    editor = Editor(base, drawing_pipeline(base, config), picture, mask, config)
+    steps: list[None] = []
+    drawn = np.asarray(editor.draw(lambda: steps.append(None)).image, dtype=int)
+    assert len(steps) == editor.steps == 8 * strength
+    assert np.abs(drawn[:, :24] - before[:, :24]).mean() < 8 < np.abs(drawn[:, 40:] - before[:, 40:]).mean()
+
+
+def test_known_latents_have_the_noise_of_the_next_step() -> None:
+    base = load_pipeline("toybox")
+    known, noise = torch.full((1, 8, 4, 4), 3.0), torch.full((1, 8, 4, 4), 0.5)
+    mask = Image.new("L", (16, 16), 0)
+    mask.putpixel((15, 0), 1)  # of the cells, the one at the top right
+    drawn = cells_to_draw(mask, 4, 4)
+    assert drawn.sum() == 1 == drawn[0, 0, 0, 3]
+    keep = KnownLatents(known, noise, drawn)
+    seen: list[Any] = []
+
+    def look(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        kept = keep(pipeline, step, timestep, tensors)
+        assert torch.equal(kept["latents"][..., 0, 3], tensors["latents"][..., 0, 3])
+        seen.append(kept["latents"][0, :, 1, 0])
+        return kept
+
+    base("a robot", num_inference_steps=4, height=16, width=16, callback_on_step_end=look, output_type="latent")
+    timesteps = base.scheduler.timesteps
+    signal = torch.tensor([*base.scheduler.alphas_cumprod[timesteps[1:]], 1.0])
+    expected = signal.sqrt() * 3.0 + (1 - signal).sqrt() * 0.5
+    assert torch.allclose(torch.stack(seen)[:, 0], expected, atol=1e-3)
+    assert all((cell == cell[0]).all() for cell in seen)
+
+
+def test_a_base_of_other_latents_can_be_inpainted(models: ModelsOnDisk, photo: Path, tmp_path: Path) -> None:
+    """With a scheduler that counts in sigmas and takes every step twice."""
+    pipeline = load_pipeline(str(models.base))
+    pipeline.register_modules(
+        unet=with_channels(pipeline.unet, in_channels=6, out_channels=6), vae=tiny_vae(latent_channels=6),
+        scheduler=HeunDiscreteScheduler.from_config(pipeline.scheduler.config),
+    )  # fmt: skip
+    pipeline.save_pretrained(tmp_path / "base")
+    config = edit_config(tmp_path / "base", tmp_path / "edit.png", mode="inpaint", mask=half_white_mask(photo))
+    for strength in (1.0, 0.7):
+        drawn = edit_picture(photo, replace(config, strength=strength, output=tmp_path / f"{strength}.png"))
+        assert pixels(drawn).std() > 1
+
+
+def test_edits_at_once_take_names_of_their_own(
+    models: ModelsOnDisk, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another edit that begins while the first one draws."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(edit_config(models.base, tmp_path / "x.png", mode="img2img"), output=None, strengths=[])
+    results: list[EditResult] = []
+    draw = Editor.draw
+
+    def draw_after_another(editor: Editor, on_step: Any) -> Any:
+        monkeypatch.setattr(Editor, "draw", draw)
+        results.append(edit_picture(photo, config))
+        return draw(editor, on_step)
+
+    monkeypatch.setattr(Editor, "draw", draw_after_another)
+    results.append(edit_picture(photo, config))
+    name = "mein-foto_a-photo-of-dog-on-the-beach"
+    assert [result.pictures[1.0].name for result in results] == [f"{name}-2.png", f"{name}.png"]
+    assert all(pixels(result).std() > 1 for result in results)
+
+    def fail(*_: object) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr(Editor, "draw", fail)
+    for wrong in (config, replace(config, strengths=[1.0, 2.0], adapter=[str(models.dog)])):
+        with pytest.raises(UserError, match="no"):
+            edit_picture(photo, wrong)
+    assert sorted(file.name for file in Path("outputs/edits").iterdir()) == [f"{name}-2.png", f"{name}.png"]
+
+
+@pytest.mark.parametrize("mode", ["img2img", "inpaint"])
+def test_a_picture_that_the_safety_checker_blacked_out_is_told(
+    models: ModelsOnDisk, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    draw = Editor._called
+    monkeypatch.setattr(Editor, "_called", lambda *given, **named: draw(*given, **named)._replace(blacked_out=True))
+    mask = half_white_mask(photo) if mode == "inpaint" else None
+    config = edit_config(models.base, tmp_path / "edit.png", mode=mode, mask=mask)
+    result = edit_picture(photo, config)
+    assert result.blacked_out == [tmp_path / "edit.png"]
+    assert read_png_settings(tmp_path / "edit.png")["blacked_out"] is True
+    monkeypatch.undo()
+    again = edit_picture(photo, replace(config, overwrite=True))
+    assert again.blacked_out == [] and "blacked_out" not in read_png_settings(tmp_path / "edit.png")
 
 
 def test_little_strength_changes_little(models: ModelsOnDisk, photo: Path, tmp_path: Path) -> None:

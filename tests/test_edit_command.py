@@ -78,6 +78,8 @@ IMG2IMG = ["--prompt", "a dog", "--mode", "img2img"]
         ([*INVERSION, "--strengths", "1", "nan"], "finite"),
         ([*INVERSION, "--strengths", "1", "1.00000001"], "too close"),
         ([*INVERSION, "--height", "20"], "multiple of 8"),
+        ([*INVERSION, "--height", "1000000000"], "--height must be at most 16384; got 1000000000"),
+        ([*INVERSION, "--width", "264"], "--width must be at most 256, 16 times what this base model draws"),
         ([*INVERSION, "--max_train_steps", "0"], "at least 1"),
         ([*INVERSION, "--method", "siva", "--pattern", "banded"], "pattern"),
         ([*INVERSION, "--num_inference_steps", "0"], "between 1 and 1000"),

@@ -21,6 +21,7 @@ from svft_diffusion.evaluation.report import EvaluationReport, read_report
 from svft_diffusion.evaluation.toy_subjects import demonstration_subject, held_out_subjects, write_photos
 from svft_diffusion.files import AdapterMetadata
 from svft_diffusion.models import EMBEDDED_MODEL, load_pipeline
+from svft_diffusion.sampling import drawing
 from svft_diffusion.sampling.png import read_png_settings
 
 QUICK = ["--num_prompts", "2", "--num_images", "1", "--num_class_images", "2", "--num_inference_steps", "2"]
@@ -49,12 +50,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts of the pictures that are drawn."""
     prompts: list[str] = []
 
-    def generate(pipeline: Any, prompt: str, **options: Any) -> Any:
+    def generate_batch(pipeline: Any, prompt: str, **options: Any) -> Any:
         prompts.append(prompt)
         return original(pipeline, prompt, **options)
 
-    original = painter.generate
-    monkeypatch.setattr(painter, "generate", generate)
+    original = drawing.generate_batch
+    monkeypatch.setattr(painter, "generate_batch", generate_batch)
     return prompts
 
 
@@ -83,6 +84,7 @@ def test_an_adapter_is_drawn_and_scored_and_the_second_run_draws_nothing(
     assert adapter.scores["diversity:toy-text"] is None  # one picture for each prompt
     assert 0.3 < adapter.scores["prompt_fidelity:toy-text"] <= 1
     assert report.best == {} and report.summary == []
+    assert report.notes == ["no pareto.png: it compares several adapters of one subject"]
     [subject] = report.subjects
     assert (subject.token, subject.class_word, subject.prompts) == ("sks", "robot", of_subject)
     assert subject.photo_scores["subject_fidelity:toy-identity"] > 0.8
@@ -112,6 +114,29 @@ def test_an_adapter_is_drawn_and_scored_and_the_second_run_draws_nothing(
     )
     assert main(["evaluate", *QUICK, "--output_dir", str(output), "--adapter", f"{world / 'run'}:0.5"]) == 2
     assert "is another picture; choose another --output_dir" in capsys.readouterr().err
+
+
+def test_pictures_that_the_safety_checker_blacked_out_are_told(
+    world: Path, tmp_path: Path, drawn: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = vars(painter)["generate_batch"]  # notes what is drawn, see `drawn`
+    monkeypatch.setattr(
+        painter,
+        "generate_batch",
+        lambda pipeline, prompt, **options: [
+            one._replace(blacked_out="snow" in prompt) for one in plain(pipeline, prompt, **options)
+        ],
+    )
+    options = ["--adapter", world / "run", "--num_class_images", "0"]
+    report = evaluated(tmp_path, *options)
+    told = "subject: blacked out by the base model's safety checker, and scored as they are: 1 of the pictures; "
+    assert len(drawn) == 2 and any(note.startswith(told) for note in report.notes)
+    assert f"note: {told}" in capsys.readouterr().out
+    drawn.clear()
+    monkeypatch.setattr(painter, "generate_batch", plain)
+    assert any(note.startswith(told) for note in evaluated(tmp_path, *options).notes) and drawn == []
+    notes = evaluated(tmp_path, *options, "--disable_safety_checker").notes
+    assert len(drawn) == 1 and not any("safety checker" in note for note in notes)
 
 
 def test_a_run_is_scored_step_by_step_and_the_best_is_picked(

@@ -152,6 +152,16 @@ def test_auto_is_exact_for_few_values_and_all_layers_share_one_rank() -> None:
     assert export_lora(pipe, "a", rank=64).report.rank == 3, "nothing is gained by zeros"
 
 
+def test_a_rank_that_loses_much_is_warned_of() -> None:
+    pipe = adapted_pipeline(partial(SVFTConfig, pattern="banded", off_diagonals=2))
+    report = export_lora(pipe, "a", rank=1).report
+    largest = max(layer.rank for layer in report.layers)
+    assert report.rank_error > 0.1 and largest > 1
+    assert f"warning: rank 1 is too low for this adapter, whose layers are of ranks up to {largest}: " in str(report)
+    assert f": {report.rank_error:.0%} of its update is lost" in str(report)
+    assert "warning" not in str(export_lora(pipe, "a", rank="full").report)
+
+
 def test_auto_takes_the_smallest_rank_below_its_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = adapted_pipeline("svft plain")
     for model in (pipe.unet, pipe.text_encoder):

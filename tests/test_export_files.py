@@ -150,8 +150,11 @@ def test_the_command_writes_and_reports(
     assert metadata["ss_sd_model_name"] == read_header(models.dog).base.name == "tiny"
     assert metadata["modelspec.trigger_phrase"] == "sks"
     first = out.read_bytes()
-    assert command(models.dog, "--base", models.base, "--rank", "full", "-o", out, "--overwrite") == 0
+    assert "was cut" not in printed
+    assert command(models.dog, "--base", models.base, "--rank", "99999", "-o", out, "--overwrite") == 0
     assert out.read_bytes() == first
+    rank = metadata["ss_network_dim"]
+    assert f"rank 99999 was cut to {rank}, that of the adapter: more would add only zeros" in capsys.readouterr().out
     capsys.readouterr()
     arguments = ("--base", models.base, "--rank", 2, "--strength", 0.5, "--format", "diffusers", "--json")
     assert command(models.dog, *arguments, "-o", tmp_path / "other.safetensors") == 0

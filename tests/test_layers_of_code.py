@@ -26,6 +26,7 @@ LAYERS = (
     ("models",),
     ("kernels", "factors", "files"),
     ("spectral", "toybox"),
+    ("structured_files",),
     ("settings", "terminal", "markdown"),
     ("errors", "version"),
 )

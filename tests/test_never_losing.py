@@ -473,5 +473,10 @@ def test_history_picks_one(finished: TrainingConfig, tmp_path: Path, capsys: pyt
         assert message in capsys.readouterr().err
     assert main(["history", str(folder), "--pick", "3", "-o", str(target), "--overwrite"]) == 0
     assert target.read_bytes() == history_file(folder, 3).read_bytes()
-    assert main(["history", str(tmp_path)]) == 2
-    assert "no history in" in capsys.readouterr().err
+    for nothing, message in [
+        (tmp_path, "holds no history: give the output folder"),
+        (tmp_path / "nope", "no such folder"),
+        (target, "no folder"),
+    ]:
+        assert main(["history", str(nothing)]) == 2
+        assert message in capsys.readouterr().err

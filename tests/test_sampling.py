@@ -294,6 +294,12 @@ def test_bad_input_is_refused_before_the_model_loads(
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"height": 20}, "multiple of 8"),
+        ({"width": 10**9}, "--width must be at most 16384; got 1000000000"),
+        (
+            {"width": 16384, "height": 8192},
+            "--height 8192 and --width 16384: pictures have at most 67 million pixels, ",
+        ),
+        ({"height": 264}, "--height must be at most 256, 16 times what this base model draws; got 264"),
         ({"weights": [1.0]}, "no --adapter"),
         ({"adapter": [str(models.dog)], "weights": [float("nan")]}, "finite"),
         ({"adapter": [str(models.dog)], "weights": [0.5, 0.50000001]}, "too close"),

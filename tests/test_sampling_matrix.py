@@ -96,6 +96,41 @@ def test_tags_in_prompts_give_weights(models: ModelsOnDisk) -> None:
     assert rows[2].uses["dog"].weight == 0 and rows[2].uses["dog"].schedule is not None
 
 
+def test_prompts_that_differ_by_tags_alone_are_told_apart(models: ModelsOnDisk) -> None:
+    prompts = ["a dog", "a dog <adapter:dog:0.1>", "a dog<adapter:dog:unet=1,te=-0.5> <adapter:style:2>"]
+    rows = plan(models, prompt=[*prompts, "a cat <adapter:dog:0.1>"])
+    assert [row.pictures[0].file_name for row in rows] == [
+        "000_a-dog_seed0.png",
+        "001_a-dog_dog0.1_seed0.png",
+        "002_a-dog_dogunet1-text_encoder-0.5_style2_seed0.png",
+        "003_a-cat_seed0.png",
+    ]
+    assert [row.label for row in rows] == [
+        "a dog",
+        "a dog\ndog 0.1",
+        "a dog\ndog unet1-text_encoder-0.5, style 2",
+        "a cat\ndog 0.1",
+    ]
+
+
+def test_strengths_are_told_with_the_weights_that_they_multiply(models: ModelsOnDisk) -> None:
+    rows = plan(models, prompt=["a dog <adapter:dog:0.3>", "a dog"], weights=[0.5, 1])
+    assert [row.label.partition("\n")[2] for row in rows] == [
+        "strength 0.5 of dog 0.3", "strength 1 of dog 0.3", "strength 0.5", "strength 1"
+    ]  # fmt: skip
+    assert [row.uses["dog"].weight for row in rows] == [0.15, 0.3, 0.5, 1.0]
+
+
+def test_a_placeholder_that_is_none_is_told(models: ModelsOnDisk, tmp_path: Path, capsys: Any) -> None:
+    prompts = ["a {klass}", "a {token} {Class} {a b} {}", "a {klass} again"]
+    sample(config_for(models, tmp_path / "out", prompt=prompts, token="sks"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "stays as it is" in line]
+    assert told == [
+        "in a prompt, {klass} stays as it is, did you mean {class}? {token} and {class} are what gets filled in",
+        "in a prompt, {Class} stays as it is, did you mean {class}? {token} and {class} are what gets filled in",
+    ]
+
+
 def test_words_of_the_subject(models: ModelsOnDisk) -> None:
     adapters = AdapterSets([AdapterEntry(models.style), AdapterEntry(models.dog)])  # the style has no trigger
     assert plan(models, adapters, prompt=["a {token} {class}, {token}"])[0].prompt == "a sks, sks"
@@ -150,7 +185,7 @@ def test_prompts_of_every_kind_of_file(tmp_path: Path) -> None:
         ("a.csv", "text,seed\na,1\n", "one of them prompt"),
         ("a.csv", "prompt,sed\na,1\n", "line 2: unknown setting 'sed', did you mean 'seed'"),
         ("a.csv", "prompt,seed\na dog, happy,1\n", "line 2: 2 columns are named"),
-        ("a.csv", "prompt,seed\n\na,one\n", "line 3: seed: expected int, got 'one'"),
+        ("a.csv", "prompt,seed\n\na,one\n", "line 3: seed: expected a whole number, got 'one'"),
         ("a.csv", 'prompt\n"a', "after line 1: no CSV"),
         ("a.json", '[\n "a",\n]', "line 3: no JSON"),
         ("a.jsonl", '"a"\n\n{"prompt": }\n', "line 3: no JSON"),
@@ -240,7 +275,7 @@ def test_a_matrix_file_is_the_flags_and_more(models: ModelsOnDisk, tmp_path: Pat
         ("promt: a\n", "unknown key 'promt', did you mean 'prompt'"),
         ("adapter_set: {}\n", "did you mean 'adapter_sets'"),
         ("output_dir: x\n", "give --output_dir to the command"),
-        ("prompt: a\nseed: [one]\n", "seed: expected int, got 'one'"),
+        ("prompt: a\nseed: [one]\n", "seed: expected a whole number, got 'one'"),
         ("prompt: a\nseed: []\n", "--seed holds no value"),
         ("prompt: a\nnum_images: 200000\n", "at most 100000"),
         ("prompt: a\nseed: [1, 2]\nnum_images: 100000\n", "at most 100000"),
@@ -264,7 +299,7 @@ def test_a_matrix_file_is_the_flags_and_more(models: ModelsOnDisk, tmp_path: Pat
         ("prompt: a\nadapter: [DOG, FOREIGN]\n", "was trained on the base"),
         ("prompt: a\nprompts: none.txt\n", "can't read --prompts"),
         ('prompt: a\nprompts: "a\\0b"\n', "can't read --prompts"),
-        ("prompt: a\nnegative_prompt:\n", "negative_prompt: expected str, got None"),
+        ("prompt: a\nnegative_prompt:\n", "negative_prompt: expected text, got None"),
         ("prompt: a\nadapter: none.safetensors\n", "there is no adapter .*none.safetensors"),
         ("prompt: a\npretrained_vae_model_name_or_path: .\n", "holds no config.json"),
     ],

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import load_pipeline
 from svft_diffusion.sampling import drawing as drawing_module
 from svft_diffusion.sampling import sample as sampler
+from svft_diffusion.sampling.drawing import generate_batch
 from svft_diffusion.sampling.png import read_png_settings
 from svft_diffusion.sampling.sample import SamplingConfig, SamplingResult, sample
 from svft_diffusion.sampling.spreading import (
@@ -326,11 +326,10 @@ def test_more_pictures_join_those_that_are_there(
 
 def test_the_sampler_sets_its_own_threads(models: ModelsOnDisk, tmp_path: Path, monkeypatch: Any) -> None:
     seen: list[int] = []
-    generate: Callable[..., Any] = sampler.generate_batch
 
     def noting(*given: Any, **named: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return generate(*given, **named)
+        return generate_batch(*given, **named)
 
     monkeypatch.setattr(sampler, "generate_batch", noting)
     with threads_of_torch(3):

@@ -17,7 +17,7 @@ from tiny_models import tiny_pipeline, tiny_pipeline_sdxl, tiny_unet_sd1
 from training_runs import PROMPT, arguments, short_run, trained_tensors
 
 from svft_diffusion import load_adapter
-from svft_diffusion.app.studio import Studio
+from svft_diffusion.app.drawing.studio import Studio
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.merging import stored_dtypes

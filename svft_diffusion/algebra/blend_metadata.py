@@ -29,12 +29,11 @@ def blend_metadata(
         sources: at least one.
         operation: ``sum`` or ``style mix``.
         base_name: the base in the pipeline.
-        value_dtype: None: ``float16`` if all sources are stored so.
+        value_dtype: None: `stored_dtype` of the sources.
         details: what else belongs into the entry ``blend`` of the training settings.
     """
     headers = [source.header for source in sources]
     entries = [{"file": source.file, "sha256": source.sha256, "weight": source.weight} for source in sources]
-    stored = {header.value_dtype for header in headers}
     return AdapterMetadata(
         base_name=base_name,
         base_family=headers[0].base.family,
@@ -44,8 +43,14 @@ def blend_metadata(
         class_prompt=_shared(header.class_prompt for header in headers),
         title=f"{'blend' if operation == 'sum' else operation} of {', '.join(_called(source) for source in sources)}",
         training={"blend": {"operation": operation, "sources": entries, **details}},
-        value_dtype=value_dtype or (stored.pop() if len(stored) == 1 else "float32"),
+        value_dtype=value_dtype or stored_dtype(headers),
     )
+
+
+def stored_dtype(headers: Iterable[AdapterHeader]) -> str:
+    """How a blend of these stores its values if nobody says it: ``float16`` if all of them do."""
+    stored = {header.value_dtype for header in headers}
+    return stored.pop() if len(stored) == 1 else "float32"
 
 
 def shared_triggers(sources: Iterable[BlendSource]) -> dict[str, list[str]]:

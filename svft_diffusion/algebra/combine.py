@@ -6,7 +6,7 @@ another adapter there, which `svft_diffusion.save_adapter` writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +46,9 @@ def combine(pipe: object, weights: Mapping[str, AdapterWeight], name: str) -> No
         name: of the new adapter.
 
     Raises:
-        UserError: unknown adapter, component or block; nothing is left at these weights; SVDiff would be added to
-            another method, or norms shifted by entry to norms shifted as a whole. The pipeline is as it was.
+        UserError: unknown adapter, component or block; nothing is left at these weights, or too much for float32;
+            SVDiff would be added to another method, or norms shifted by entry to norms shifted as a whole. The
+            pipeline is as it was.
     """
     components = components_of(pipe)
     check_adapter_name(name)
@@ -69,6 +70,8 @@ def combine(pipe: object, weights: Mapping[str, AdapterWeight], name: str) -> No
     for tensor in tensors.values():
         if not torch.isfinite(tensor).all():
             raise UserError("the sum is too large for float32; use smaller weights")
+    if _is_rounding_error(tensors, operands):
+        raise UserError("nothing is left: the adapters cancel each other out at these weights")
     install_adapter(components, name, options, tensors)
 
 
@@ -159,6 +162,18 @@ def _tensors_of_layer(
             shifts = [term.strength * term.parts[part] for term in terms if part in term.parts]
             tensors[part] = torch.stack(shifts).sum(0) if shifts else torch.zeros(_length(base, part, options))
     return {part: tensor if part == POSITIONS else tensor.float() for part, tensor in tensors.items()}
+
+
+def _is_rounding_error(tensors: Mapping[str, Tensor], operands: Sequence[Operand]) -> bool:
+    """Whether a sum, in float32, is nothing beside what was added up."""
+    terms = [term for operand in operands for term in operand.terms.values()]
+    added = _largest(term.strength * part for term in terms for part in term.parts.values())
+    left = _largest(tensor for tensor in tensors.values() if tensor.is_floating_point())
+    return added > 0 and left <= torch.finfo(torch.float32).eps * added
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
 
 
 def _parts(layer: SpectralLayer, terms: Sequence[Term], options: Mapping[str, Any]) -> frozenset[str]:

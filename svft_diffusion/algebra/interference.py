@@ -100,6 +100,11 @@ class Interference:
         """All pairs of adapters."""
         return list(itertools.combinations(self.weights, 2))
 
+    @property
+    def factors(self) -> dict[str, float]:
+        """Adapter -> what takes its weight to the balancing one."""
+        return {name: _largest(self.balancing[name]) / _largest(weight) for name, weight in self.weights.items()}
+
     def clashes(self) -> list[tuple[float, str, Pair]]:
         """What layers take away from the cosine of a pair of adapters, the layer, the pair; the worst first."""
         found = self._by_layer("part_of_cosine")

@@ -20,10 +20,15 @@ _MOST_NUMBERED_PAIRS = 6  # beyond, numbers in the cells would not fit
 _LONGEST_LABEL = 44
 
 
-def check_plot(file: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raise `UserError` if `write_plot` could not write ``file``, or would write over one of ``inputs``."""
+def check_matplotlib() -> None:
+    """Raise `UserError` if plots can't be drawn here."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib; install it with: pip install 'svft-diffusion[plots]'")
+
+
+def check_plot(file: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise `UserError` if `write_plot` could not write ``file``, or would write over one of ``inputs``."""
+    check_matplotlib()
     if file.suffix.lower() != ".png":
         raise UserError(f"the plot {file} must end in .png")
     check_new_file(file, overwrite=overwrite, inputs=inputs)
@@ -36,6 +41,19 @@ def write_plot(found: Interference, file: Path, *, overwrite: bool = False) -> P
         UserError: as `check_plot`; or there is only one adapter, or the file can't be written.
     """
     check_plot(file, overwrite=overwrite)
+    picture = plot_png(found)
+    with replace_when_whole(file) as unfinished:
+        unfinished.write_bytes(picture)
+    return file
+
+
+def plot_png(found: Interference) -> bytes:
+    """The report as a PNG picture.
+
+    Raises:
+        UserError: there is only one adapter, or no matplotlib.
+    """
+    check_matplotlib()
     if not found.pairs:
         raise UserError("a plot compares adapters, and there is only one")
     from matplotlib.figure import Figure  # the optional extra `plots`; no window and no global state
@@ -51,9 +69,7 @@ def write_plot(found: Interference, file: Path, *, overwrite: bool = False) -> P
     figure.suptitle(_shortened(f"Interference of {weights}", 90), fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
-    with replace_when_whole(file) as unfinished:
-        unfinished.write_bytes(picture.getvalue())
-    return file
+    return picture.getvalue()
 
 
 def _heat_map(axes: Axes, found: Interference, quantity: str, title: str, colours: str, lowest: float) -> None:

@@ -10,11 +10,27 @@ from svft_diffusion.algebra.interference import Interference, Meeting, Pair, Pla
 
 _LISTED = 8
 _PAIRS_SIDE_BY_SIDE = 3
+_NOTABLE = 0.3  # cosine or overlap that may show in pictures
 
 
-def report_lines(found: Interference) -> list[str]:
-    """The report as text: sizes, how pairs meet in every block, where they clash, what the relu cuts, weights."""
-    return [*_sizes(found), "", *_table(found), *_worst(found), *_clipping(found), *_balancing(found)]
+def report_lines(found: Interference, *, with_table: bool = True) -> list[str]:
+    """The report as text: sizes, how pairs meet in every block, where they clash, what the relu cuts, weights.
+
+    Args:
+        with_table: of pairs and blocks, as `meetings_table` has it.
+    """
+    table = ["", *_table(found)] if with_table else []
+    return [*_sizes(found), *table, *_worst(found), *_clipping(found), *_balancing(found)]
+
+
+def meetings_table(found: Interference) -> list[tuple[str, str, float | None, float | None]]:
+    """Pair, place, cosine and overlap: of all layers together, then block by block."""
+    return [
+        (pair_label(pair), "all" if place is found.total else place.name, meeting.cosine, meeting.overlap)
+        for pair in found.pairs
+        for place in (found.total, *found.blocks)
+        for meeting in (place.meetings[pair],)
+    ]
 
 
 def summary_lines(found: Interference) -> list[str]:
@@ -23,6 +39,25 @@ def summary_lines(found: Interference) -> list[str]:
     meetings = ((pair_label(pair), found.total.meetings[pair]) for pair in found.pairs)
     pairs = [f"{label:<{width}}  cosine {item.cosine:+.3f}  overlap {item.overlap:.3f}" for label, item in meetings]
     return [*pairs, *(line for line in _clipping(found) if line)]
+
+
+def meetings_in_words(found: Interference, names: Mapping[str, str]) -> list[str]:
+    """A line for each pair, the most entangled first, and what the relu cuts, if it does.
+
+    Args:
+        names: adapter -> what people call it.
+    """
+    met = sorted(found.total.meetings.items(), key=lambda item: -(item[1].overlap or 0.0))
+    lines = [
+        f"{names[one]} and {names[other]} {_in_words(meeting)} (cosine {meeting.cosine:+.2f}, "
+        f"overlap {meeting.overlap:.2f})"
+        for (one, other), meeting in met
+        if meeting.cosine is not None and meeting.overlap is not None
+    ]
+    clipping = found.clipping
+    if clipping is not None and clipping.clipped:
+        lines.append(f"together they push {clipping.share:.1%} of the trained singular values below zero")
+    return lines
 
 
 def report_json(found: Interference) -> dict[str, Any]:
@@ -52,6 +87,15 @@ def weight_text(weight: AdapterWeight) -> str:
         for component, part in weight.items()
     }
     return ",".join(f"{component}={part}" for component, part in parts.items())
+
+
+def _in_words(meeting: Meeting) -> str:
+    cosine, overlap = meeting.cosine or 0.0, meeting.overlap or 0.0
+    if cosine <= -_NOTABLE:
+        return "work against each other"
+    if cosine >= _NOTABLE:
+        return "do partly the same"
+    return "use the same places, each in its own way" if overlap >= _NOTABLE else "hardly touch each other"
 
 
 def _sizes(found: Interference) -> Iterable[str]:

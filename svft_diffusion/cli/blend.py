@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from svft_diffusion.adapters.weights import AdapterWeight
     from svft_diffusion.algebra.blend_metadata import BlendSource
+    from svft_diffusion.algebra.blending import BlendFacts
     from svft_diffusion.algebra.interference import Interference
     from svft_diffusion.sampling.adapter_choice import CheckedAdapter, WeightedFile
 
@@ -46,39 +47,34 @@ def run(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
 
     # Heavy imports come after the arguments, so that --help and typing errors answer at once.
-    from svft_diffusion.adapters import save_adapter
-    from svft_diffusion.algebra.blend_metadata import BlendSource, blend_metadata, shared_triggers
-    from svft_diffusion.algebra.interference import interference
+    from svft_diffusion.algebra.blend_metadata import BlendSource, shared_triggers
+    from svft_diffusion.algebra.blending import BlendFacts, compare_sources
     from svft_diffusion.algebra.interference_plot import write_plot
     from svft_diffusion.algebra.interference_report import report_json
-    from svft_diffusion.sampling.adapter_choice import file_label, parse_weighted_files, unique_names
+    from svft_diffusion.sampling.adapter_choice import file_label, parse_weighted_files
 
     files = parse_weighted_files(options.adapters)
     weights = _weights(files, options)
+    facts = BlendFacts(options.title, options.trigger, options.dtype)
     _check_outputs([file.file for file in files], weights, options)
-    pipe, base_name, loaded = _loaded(files, options)
-    by_name = {adapter.name: weight for adapter, weight in zip(loaded, weights, strict=True)}
-    found = interference(pipe, {name: weight for name, weight in by_name.items() if weight != 0})
-    if options.balance:
-        by_name |= found.balancing
-        found = replace(interference(pipe, found.balancing), balancing=found.balancing)
+    pipe, base_name, loaded = _loaded(files, weights, options)
+    sources = {
+        item.name: BlendSource(file_label(item.file), item.sha256, item.header, weight)
+        for item, weight in zip(loaded, weights, strict=True)
+    }
+    sources, found = compare_sources(pipe, sources, balance=options.balance)
     if options.style_mix:
         found = replace(found, clipping=None)  # no layer has a sum
-    sources = [BlendSource(file_label(item.file), item.sha256, item.header, by_name[item.name]) for item in loaded]
+    by_name = {name: source.weight for name, source in sources.items()}
     result: dict[str, Any] = {"interference": report_json(found), "weights": by_name}
     if options.output is not None:
-        name = unique_names([*by_name, "blend"])[-1]
-        details = _combine(pipe, by_name, name, options)
-        operation = "style mix" if options.style_mix else "sum"
-        metadata = blend_metadata(sources, operation, base_name=base_name, value_dtype=options.dtype, **details)
-        save_adapter(pipe, name, options.output, metadata=metadata)
-        result |= {"output": str(options.output), "bytes": options.output.stat().st_size, **details}
+        result |= _write(pipe, sources, facts, base_name, options)
     if options.plot is not None:
         write_plot(found, options.plot, overwrite=options.overwrite)
-    for trigger, named in shared_triggers(sources).items():
+    for trigger, named in shared_triggers(sources.values()).items():
         warning = f"{' and '.join(named)} have the same trigger {trigger!r}: a prompt can't tell them apart"
         print(f"warning: {printable(warning)}", file=sys.stderr)
-    _show(result, found, sources, options)
+    _show(result, found, list(sources.values()), options)
 
 
 def _check_outputs(files: Sequence[Path], weights: Sequence[AdapterWeight], options: argparse.Namespace) -> None:
@@ -94,28 +90,24 @@ def _check_outputs(files: Sequence[Path], weights: Sequence[AdapterWeight], opti
 
 
 def _loaded(
-    files: Sequence[WeightedFile], options: argparse.Namespace
+    files: Sequence[WeightedFile], weights: Sequence[AdapterWeight], options: argparse.Namespace
 ) -> tuple[DiffusionPipeline, str, list[CheckedAdapter]]:
     """The base model with all adapters in it, its name, and the adapters; all is checked before it is loaded."""
     from svft_diffusion.adapters import load_adapter
-    from svft_diffusion.algebra.layout import check_methods
-    from svft_diffusion.files import read_header
-    from svft_diffusion.models import base_display_name
+    from svft_diffusion.algebra.blending import base_name_of, check_blend
+    from svft_diffusion.files import read_adapter
     from svft_diffusion.sampling.adapter_choice import AdapterChoice, check_adapters
 
-    headers = {str(file.file): read_header(file.file) for file in files}
-    if options.output is not None:
-        check_methods({file: header.method for file, header in headers.items() if header.train_values})
+    contents = [(str(file.file), *read_adapter(file.file)) for file in files]
+    check_blend(contents, weights, value_dtype=options.dtype, compared_only=options.output is None)
     base = base_of([file.file for file in files], options)
     choices = [AdapterChoice(file.file) for file in files]
     checked = check_adapters(choices, base, variant=options.variant, on_mismatch=options.on_mismatch)
     pipe = load_base(base, options)
     for adapter in checked:
         load_adapter(pipe, adapter.file, adapter.name, on_mismatch=options.on_mismatch)
-    names = {header.base.name for header in headers.values()}
-    # The base of the training may be a folder here, while the files know its name on the Hub.
-    known = len(names) == 1 and options.on_mismatch == "error"
-    return pipe, names.pop() if known else base_display_name(base), checked
+    headers = [header for _, header, _ in contents]
+    return pipe, base_name_of(headers, base, is_known=options.on_mismatch == "error"), checked
 
 
 def _weights(files: Sequence[WeightedFile], options: argparse.Namespace) -> list[AdapterWeight]:
@@ -136,8 +128,13 @@ def _weights(files: Sequence[WeightedFile], options: argparse.Namespace) -> list
         raise UserError(f"--balance goes with weights or --average, not with {chosen[0]}")
     if options.geometry_blocks is not None and not options.style_mix:
         raise UserError("--geometry_blocks belongs to --style_mix")
-    if (options.output is None) != options.report:
-        raise UserError("say where to write with -o OUT.safetensors, or ask for the --report alone")
+    if options.output is None:
+        if not options.report:
+            raise UserError("say where to write with -o OUT.safetensors, or ask for the --report alone")
+        of_file = {"--title": options.title, "--trigger": options.trigger, "--dtype": options.dtype}
+        given = [flag for flag, value in of_file.items() if value is not None]
+        if given:
+            raise UserError(f"{' and '.join(given)} belongs to -o OUT.safetensors: a report writes no adapter")
     if options.interpolate is not None and not math.isfinite(options.interpolate):
         raise UserError(f"--interpolate must be a finite number, got {options.interpolate}")
     if options.average:
@@ -147,21 +144,26 @@ def _weights(files: Sequence[WeightedFile], options: argparse.Namespace) -> list
     return [file.weight for file in files]
 
 
-def _combine(
-    pipe: object, weights: Mapping[str, AdapterWeight], name: str, options: argparse.Namespace
+def _write(
+    pipe: DiffusionPipeline,
+    sources: Mapping[str, BlendSource],
+    facts: BlendFacts,
+    base_name: str,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Make adapter ``name`` in the place of its sources; what there is to say of it beside the weights."""
-    from svft_diffusion.algebra.combine import combine, replace_sources
-    from svft_diffusion.algebra.style import style_mix
+    """Write the blend; what there is to say of it."""
+    from svft_diffusion.algebra.blending import write_blend, write_style_mix
+    from svft_diffusion.sampling.adapter_choice import unique_names
 
+    name = unique_names([*sources, "blend"])[-1]
     details: dict[str, Any] = {}
     if options.style_mix:
-        geometry, appearance = weights
-        details["geometry_blocks"] = style_mix(pipe, geometry, appearance, name, options.geometry_blocks)
+        details["geometry_blocks"] = write_style_mix(
+            pipe, sources, name, options.output, facts, base_name=base_name, geometry_blocks=options.geometry_blocks
+        )
     else:
-        combine(pipe, weights, name)
-    replace_sources(pipe, list(weights), name)
-    return details
+        write_blend(pipe, sources, name, options.output, facts, base_name=base_name)
+    return {"output": str(options.output), "bytes": options.output.stat().st_size, **details}
 
 
 def _show(
@@ -200,11 +202,15 @@ def _parser() -> Parser:
         "--balance", action="store_true", help="scale the weights so that equal ones mean updates of equal size"
     )
     add_base_flags(parser)
-    parser.add_argument("--report", action="store_true", help="show how the adapters interfere, write no adapter")
+    parser.add_argument(
+        "--report", action="store_true", help="show how the adapters interfere in every block; needs no -o"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write that report as a picture")
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), help="of the values in the file (default: as in the sources)"
     )
+    parser.add_argument("--title", help="of the new adapter (default: names its sources)")
+    parser.add_argument("--trigger", help="what a prompt calls it by (default: the triggers of all sources)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

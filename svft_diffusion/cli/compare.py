@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
-from svft_diffusion.cli.train import read_settings
+from svft_diffusion.cli.train import check_settings_of_file, read_settings
 from svft_diffusion.comparison.config import CompareConfig, check_config
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.settings import config_from_mapping
@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> None:
     add_settings(parser, CompareConfig)
     options = parser.parse_args(argv)
     from_file = read_settings(options.config) if options.config else {}
+    check_settings_of_file(CompareConfig, from_file, options.config)
     config = config_from_mapping(CompareConfig, from_file | given_settings(CompareConfig, options))
     check_config(config)
     check_writable(config.output_dir)

@@ -21,28 +21,8 @@ from svft_diffusion.models import EMBEDDED_MODEL, load_pipeline
 from svft_diffusion.sampling.grid import labelled_grid
 from svft_diffusion.settings import config_from_mapping, setting
 from svft_diffusion.training.config import TrainingConfig
+from svft_diffusion.training.presets import TOY_TRAINING
 from svft_diffusion.training.trainer import train
-
-# What works on the embedded model; docs/training.md tells what was tried. A path is added for each run.
-TOY_TRAINING: dict[str, Any] = {
-    "pretrained_model_name_or_path": EMBEDDED_MODEL,
-    "method": "svft",
-    "pattern": "banded",
-    "off_diagonals": 1,
-    "train_text_encoder": True,
-    "caption_source": "txt",  # each photo's caption names its scene, so that the token means the subject alone
-    "with_prior_preservation": True,
-    "num_class_images": 26,
-    "timestep_sampling": "focused",
-    "train_batch_size": 5,
-    "max_train_steps": 300,
-    "learning_rate": 5e-2,
-    "lr_scheduler": "linear",
-    "lr_warmup_steps": 20,
-    "adam_weight_decay": 0.0,
-    "checkpointing_steps": 1_000_000,  # a run of two minutes needs none
-    "report_to": "none",
-}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
-from svft_diffusion.cli.train import read_settings
+from svft_diffusion.cli.train import check_settings_of_file, read_settings
 from svft_diffusion.editing.config import TRAINING_SETTINGS, EditConfig
 from svft_diffusion.settings import config_from_mapping, path
 from svft_diffusion.terminal import printable
@@ -68,11 +68,18 @@ def run(argv: Sequence[str]) -> None:
             "grid": None if result.grid is None else result.grid.as_posix(),
             "adapter": None if result.adapter is None else result.adapter.as_posix(),
             "adapter_reused": result.adapter_reused,
+            "blacked_out": [file.as_posix() for file in result.blacked_out],
         }
         print(json.dumps(written))
         return
     for file in result.pictures.values():
         print(file)
+    if result.blacked_out:
+        names = ", ".join(file.name for file in result.blacked_out)
+        print(
+            f"blacked out by the base model's safety checker: {names}; the same command with --disable_safety_checker "
+            "and --overwrite draws what is missing there"
+        )
     if result.grid is not None:
         print(f"all of them at a glance: {result.grid}")
     if result.adapter is not None:
@@ -86,7 +93,7 @@ def _from_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: it can't be read, or holds a setting that no training has.
     """
     settings = read_settings(file)
-    config_from_mapping(TrainingConfig, settings)
+    check_settings_of_file(TrainingConfig, settings, file)
     unused = [name for name in settings if name not in (*TRAINING_SETTINGS, *_OF_BASE)]
     if unused:
         print(printable(f"an edit decides itself, and leaves out of {file}: {', '.join(unused)}"), file=sys.stderr)

@@ -68,6 +68,8 @@ def run(argv: Sequence[str]) -> None:
         print(json_text({**described_file, **exported.report.to_json()}))
         return
     print(exported.report)
+    if isinstance(options.rank, int) and exported.report.layers and options.rank > exported.report.rank:
+        print(f"rank {options.rank} was cut to {exported.report.rank}, that of the adapter: more would add only zeros")
     for component, tokens in sorted(header.tokens.items()):
         print(f"left out: tokens that {component} learned ({', '.join(tokens)}): a LoRA has no place for new tokens")
     print(f"wrote {written} ({size / 1000:.1f} kB)")

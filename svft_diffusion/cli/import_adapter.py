@@ -36,7 +36,6 @@ def run(argv: Sequence[str]) -> None:
     # Heavy imports come after the arguments, so that --help and typing errors answer at once.
     from svft_diffusion.adapters import save_adapter
     from svft_diffusion.exchange.importing import import_adapter, recognised
-    from svft_diffusion.files import AdapterMetadata
     from svft_diffusion.files.whole_files import check_output_file
     from svft_diffusion.models import base_display_name, load_pipeline
 
@@ -46,14 +45,7 @@ def run(argv: Sequence[str]) -> None:
         options.base, revision=options.revision, variant=options.variant, base_config=options.base_config
     )
     report = import_adapter(pipe, files, pattern=options.pattern, off_diagonals=options.off_diagonals)
-    metadata = AdapterMetadata(
-        base_name=base_display_name(options.base),
-        title=report.labels.title,
-        trigger=report.labels.trigger,
-        description=report.labels.description,
-        training={"imported_from": report.source, "import_error": report.error},
-    )
-    save_adapter(pipe, report.adapter, output, metadata=metadata)
+    save_adapter(pipe, report.adapter, output, metadata=report.metadata(base_display_name(options.base)))
     size = output.stat().st_size
     if options.json:
         print(json_text({"output": str(output), "bytes": size, **report.to_json()}))

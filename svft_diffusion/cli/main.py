@@ -60,6 +60,7 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     # Their notices on optional packages would bury ours; who wants them sets the variables.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a line for each time that it asks again
     if isinstance(sys.stdout, io.TextIOWrapper):  # a redirected one on Windows holds few letters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
-from svft_diffusion.sampling.config import SamplingConfig
+from svft_diffusion.errors import UserError
+from svft_diffusion.sampling.config import SamplingConfig, check_values
+from svft_diffusion.terminal import printable
 
 _DESCRIPTION = """\
 Generate pictures with any number of adapters: every combination of the values of repeatable flags.
@@ -41,6 +47,7 @@ def run(argv: Sequence[str]) -> None:
     add_settings(parser, SamplingConfig)
     options = parser.parse_args(argv)
     given = given_settings(SamplingConfig, options)
+    _check_at_once(given, options.matrix)
 
     # Heavy imports come after the arguments, so that --help and typing errors answer at once.
     from svft_diffusion.sampling.index_page import count_of
@@ -65,3 +72,17 @@ def run(argv: Sequence[str]) -> None:
     if result.embedded and result.made:
         sizes = ", ".join(f"{name} ({size / 1000:.0f} kB)" for name, size in result.embedded.items())
         print(f"the pictures carry the adapters that made them: {sizes}; --no-embed_adapter leaves them out")
+
+
+def _check_at_once(given: Mapping[str, Any], matrix: Path | None) -> None:
+    """Refuse wrong numbers and missing files before the imports, which take seconds; the rest is checked after them."""
+    if matrix is None:
+        check_values(SamplingConfig(**given))
+    for text in given.get("adapter", ()):
+        beginnings = itertools.accumulate(text.split(":"), "{}:{}".format)  # colons may belong to weights, or to names
+        try:
+            is_there = any(os.path.exists(os.path.expanduser(beginning)) for beginning in beginnings)
+        except ValueError:
+            continue  # no possible name, as whoever opens it will say
+        if not is_there and not re.fullmatch(r"[-+.\d]+", text):  # no weight that lost its file, which is told so
+            raise UserError(f"there is no adapter {printable(text, 200)}")

@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
 from svft_diffusion.cli.familiar_flags import refuse_foreign_settings, set_apart
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import config_from_mapping
+from svft_diffusion.structured_files import read_structured
 from svft_diffusion.training.checks import check_nothing_is_overwritten
 from svft_diffusion.training.config import TrainingConfig
 
@@ -37,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     settings = read_settings(options.config) if options.config else {}
     refuse_foreign_settings(settings, options.config)
+    check_settings_of_file(TrainingConfig, settings, options.config)
     config = config_from_mapping(TrainingConfig, settings | given_settings(TrainingConfig, options))
 
     if options.json and not config.dry_run:
@@ -67,16 +67,19 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Settings from a YAML file.
 
     Raises:
-        UserError: no such file, or it holds something else.
+        UserError: no such file, or it holds something else; the message names the line.
     """
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UserError(f"can't read --config {file}: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"--config {file} is no YAML: {' '.join(str(problem).split())}") from problem
+    settings = read_structured(file, "--config")
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} must hold lines of 'name: value'")
     return settings
+
+
+def check_settings_of_file(config_class: type, settings: Mapping[str, Any], file: Path) -> None:
+    """Raise `UserError`, which names the file, for an unknown name or a value of the wrong type."""
+    try:
+        config_from_mapping(config_class, settings)
+    except UserError as problem:
+        raise UserError(f"--config {file}: {problem}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
-from svft_diffusion.cli.train import read_settings
+from svft_diffusion.cli.train import check_settings_of_file, read_settings
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.terminal import json_text, printable
@@ -57,7 +57,9 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: with 1, if a row failed, was refused or is left.
     """
     options = _parser().parse_args(argv)
-    shared = (read_settings(options.config) if options.config else {}) | given_settings(TrainingConfig, options)
+    from_file = read_settings(options.config) if options.config else {}
+    check_settings_of_file(TrainingConfig, from_file, options.config)
+    shared = from_file | given_settings(TrainingConfig, options)
     if shared.get("output_dir") is None:
         raise UserError("no place for the adapters: give --output_dir FOLDER")
     if options.engine != "ray" and (options.ray_address is not None or options.ray_workers is not None):

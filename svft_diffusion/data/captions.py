@@ -46,6 +46,13 @@ def read_captions(folder: Path, found: PhotoFolder, caption_source: str, *, requ
     return Captions()
 
 
+def likely_caption_source(folder: Path, found: PhotoFolder) -> str | None:
+    """The source that would find captions of a folder's photos, if there is one."""
+    if any(photo.with_suffix(".txt").is_file() for photo in found.photos):
+        return "txt"
+    return "metadata" if (folder / METADATA_FILE).is_file() else None
+
+
 def _text_of(sidecar: Path) -> str:
     try:
         caption = " ".join(sidecar.read_text(encoding="utf-8-sig").split())

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.sampling.structured_files import read_rows
 from svft_diffusion.settings import setting
+from svft_diffusion.structured_files import read_rows
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors.location import parse_size
 from svft_diffusion.sampling.config import DTYPES, ON_MISMATCH
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.sampling.plan import check_picture_settings
 from svft_diffusion.settings import setting, settings_of
 from svft_diffusion.training.config import TrainingConfig
@@ -171,10 +172,7 @@ def check_edit(config: EditConfig) -> None:
     if len({f"{strength + 0.0:g}" for strength in config.strengths}) < len(config.strengths):
         raise UserError("two of the --strengths are too close to get different file names")
     check_picture_settings(config.seed, config.num_inference_steps, config.guidance_scale)
-    for name in ("height", "width"):
-        size = getattr(config, name)
-        if size is not None and (size < 8 or size % 8):
-            raise UserError(f"--{name} must be a multiple of 8, got {size}")
+    check_picture_size(height=config.height, width=config.width)
     if config.output is not None and config.output.suffix.lower() != ".png":
         raise UserError(f"the output {config.output} must end in .png, which keeps the settings of a picture")
     if config.factor_cache_size is not None:

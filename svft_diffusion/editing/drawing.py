@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from svft_diffusion.editing.config import EditConfig
+from svft_diffusion.editing.inpainting import KnownLatents, cells_to_draw, diffusers_inpaints
 from svft_diffusion.errors import UserError
 from svft_diffusion.models import family_of
+from svft_diffusion.sampling.drawing import Drawn
 from svft_diffusion.sampling.inversion import ddim_scheduler, invert, scheduler_replaced, slerp
 
 OnStep = Callable[[], object]
@@ -54,11 +56,15 @@ class Editor:
             return config.num_inference_steps * (config.inversion_refinements + 2)
         return int(config.num_inference_steps * config.resolved_strength)
 
-    def draw(self, on_step: OnStep) -> Image.Image:
+    def draw(self, on_step: OnStep) -> Drawn:
         """The edited picture, with the adapters that act now."""
-        return self._from_inversion(on_step) if self.config.mode == "inversion" else self._from_picture(on_step)
+        if self.config.mode == "inversion":
+            return self._from_inversion(on_step)
+        if self.config.mode == "inpaint" and not diffusers_inpaints(self.base):
+            return self._around_known(on_step)
+        return self._from_picture(on_step)
 
-    def _from_inversion(self, on_step: OnStep) -> Image.Image:
+    def _from_inversion(self, on_step: OnStep) -> Drawn:
         config, pipeline = self.config, self.pipeline
         assert config.prompt is not None  # `check_edit`
 
@@ -73,23 +79,39 @@ class Editor:
             refinements=config.inversion_refinements,
             on_step=report,
         )
-        generator = torch.Generator("cpu").manual_seed(config.seed)
+        generator = self._generator()
         if config.slerp is not None:
             new = torch.randn(noise.shape, generator=generator).to(noise)
             noise = slerp(config.slerp, noise, new)
         with scheduler_replaced(pipeline, ddim_scheduler(pipeline)):
             return self._called(generator, on_step, latents=noise, eta=config.eta or 0.0)
 
-    def _from_picture(self, on_step: OnStep) -> Image.Image:
+    def _around_known(self, on_step: OnStep) -> Drawn:
+        assert self.mask is not None  # `Editor`
+        known = encoded(self.base, self.picture).to(getattr(torch, self.config.dtype))
+        noise = torch.randn(known.shape, generator=self._generator()).to(known)
+        keep = KnownLatents(known, noise, cells_to_draw(self.mask, *known.shape[-2:]))
+        if self.pipeline is self.base:  # from noise alone
+            return self._called(self._generator(), on_step, keep, latents=noise)
+        return self._called(
+            self._generator(), on_step, keep, image=self.picture, strength=self.config.resolved_strength
+        )
+
+    def _from_picture(self, on_step: OnStep) -> Drawn:
         more: dict[str, Any] = {"image": self.picture, "strength": self.config.resolved_strength}
         if self.mask is not None:
             more["mask_image"] = self.mask
-        return self._called(torch.Generator("cpu").manual_seed(self.config.seed), on_step, **more)
+        return self._called(self._generator(), on_step, **more)
 
-    def _called(self, generator: torch.Generator, on_step: OnStep, **more: Any) -> Image.Image:
-        def report(_pipeline: DiffusionPipeline, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _generator(self) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.config.seed)
+
+    def _called(
+        self, generator: torch.Generator, on_step: OnStep, keep: KnownLatents | None = None, **more: Any
+    ) -> Drawn:
+        def report(pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step()
-            return tensors
+            return tensors if keep is None else keep(pipeline, step, timestep, tensors)
 
         config = self.config
         if config.negative_prompt:
@@ -97,15 +119,16 @@ class Editor:
         if "height" in inspect.signature(type(self.pipeline).__call__).parameters:
             more |= {"height": self.picture.height, "width": self.picture.width}
         self.pipeline.set_progress_bar_config(disable=True)
-        image: Image.Image = self.pipeline(
+        result = self.pipeline(
             prompt=config.prompt,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=generator,
             callback_on_step_end=report,
             **more,
-        ).images[0]
-        return image
+        )
+        blacked_out = getattr(result, "nsfw_content_detected", None) or [False]
+        return Drawn(result.images[0], bool(blacked_out[0]))
 
 
 def drawing_pipeline(base: DiffusionPipeline, config: EditConfig) -> DiffusionPipeline:
@@ -122,8 +145,11 @@ def drawing_pipeline(base: DiffusionPipeline, config: EditConfig) -> DiffusionPi
                 "one is of flow matching: use --mode img2img or inpaint"
             )
         pipeline = base
+    elif config.mode == "inpaint" and config.resolved_strength == 1 and not diffusers_inpaints(base):
+        pipeline = base
     else:
-        kind = AutoPipelineForImage2Image if config.mode == "img2img" else AutoPipelineForInpainting
+        inpaints = config.mode == "inpaint" and diffusers_inpaints(base)
+        kind = AutoPipelineForInpainting if inpaints else AutoPipelineForImage2Image
         try:
             pipeline = kind.from_pipe(base)
         except ValueError:

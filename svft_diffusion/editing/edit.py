@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -38,9 +39,11 @@ from svft_diffusion.sampling.acting import acting_adapters
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, refuse_twice, sha256_of, unique_names
 from svft_diffusion.sampling.adapter_sets import AdapterSets, check_sets, entries_of, scaled, uses_in_prompt
 from svft_diffusion.sampling.adapter_use import AdapterUse
+from svft_diffusion.sampling.default_size import stored_resolution
 from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.grid import labelled_grid
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.sampling.plan import picture_settings, slug
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.prompt_syntax import split_prompt
@@ -61,6 +64,7 @@ class EditResult:
     grid: Path | None  # the source and all pictures, where there are several
     adapter: Path | None  # that of the picture; None without a source prompt
     adapter_reused: bool  # it was trained by an earlier edit
+    blacked_out: list[Path]  # of the pictures, those that the base model's safety checker has hidden
 
 
 def edit_picture(
@@ -83,7 +87,12 @@ def edit_picture(
         Interrupted: training was stopped; the same edit goes on with it.
     """
     photo = Path(photo)
-    inputs = _checked(photo, config, dict(training or {}))
+    with _reserved(photo, config, _checked(photo, config, dict(training or {}))) as inputs:
+        return _edited(photo, inputs, on_training_step)
+
+
+def _edited(photo: Path, inputs: _Inputs, on_training_step: Callable[[StepReport], None] | None) -> EditResult:
+    """`edit_picture` of what was checked."""
     config = inputs.config
     base = _Base(config, resolve_device(config.device))
     pipeline = base.open()
@@ -116,9 +125,9 @@ def edit_picture(
     _make_ready(pipeline, config, adapters)
 
     work = _Work(config, inputs.picture, inputs.mask, frame, adapters, uses, None if own is None else own.file)
-    pictures = work.draw(pipeline, inputs.files.pictures)
+    pictures, blacked_out = work.draw(pipeline, inputs.files.pictures)
     grid = work.save_grid(inputs.files.grid, pictures) if inputs.files.grid is not None else None
-    return EditResult(pictures, grid, None if own is None else own.file, own is not None and own.reused)
+    return EditResult(pictures, grid, None if own is None else own.file, own is not None and own.reused, blacked_out)
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,8 @@ def _checked(photo: Path, config: EditConfig, training: Mapping[str, Any]) -> _I
     use_cache(config.factor_cache, config.factor_cache_size)
     resolve_device(config.device)
     resolve_base(config.pretrained_model_name_or_path, config.base_config)
+    own_size = stored_resolution(config.pretrained_model_name_or_path)
+    check_picture_size(own_size, height=config.height, width=config.width)
     given = check_sets(
         AdapterSets(entries_of(config.adapter)),
         config.pretrained_model_name_or_path,
@@ -174,8 +185,13 @@ class _Files:
     grid: Path | None
 
     @property
+    def output(self) -> Path:
+        """What was asked for: the only picture, or the grid."""
+        return self.grid or next(iter(self.pictures.values()))
+
+    @property
     def folder(self) -> Path:
-        return next(iter(self.pictures.values())).parent
+        return self.output.parent
 
 
 def _output_files(photo: Path, config: EditConfig) -> _Files:
@@ -204,6 +220,34 @@ def _free_name(file: Path) -> Path:
     return free
 
 
+@contextmanager
+def _reserved(photo: Path, config: EditConfig, inputs: _Inputs) -> Iterator[_Inputs]:
+    """``inputs`` with a name that no other edit takes while within: an empty file keeps it, if nobody has chosen one.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    if config.output is not None:
+        yield inputs
+        return
+    while True:
+        files = _output_files(photo, config)
+        try:
+            files.output.parent.mkdir(parents=True, exist_ok=True)
+            files.output.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            continue  # another edit was faster
+        except OSError as problem:
+            raise UserError(f"can't write {files.output}: {problem.strerror or problem}") from problem
+    try:
+        yield replace(inputs, files=files)
+    finally:
+        with suppress(OSError):
+            if not files.output.stat().st_size:
+                files.output.unlink()
+
+
 def _drawn_size(pipeline: DiffusionPipeline, config: EditConfig) -> tuple[int, int]:
     """(width, height) in pixels that the base model draws.
 
@@ -211,6 +255,7 @@ def _drawn_size(pipeline: DiffusionPipeline, config: EditConfig) -> tuple[int, i
         UserError: a size that it can't draw.
     """
     resolution, multiple = default_resolution(pipeline), family_of(pipeline).pixel_multiple
+    check_picture_size(resolution, height=config.height, width=config.width)
     sizes = {"width": config.width or resolution, "height": config.height or resolution}
     for name, size in sizes.items():
         if size % multiple:
@@ -254,21 +299,27 @@ class _Work:
     uses: dict[str, AdapterUse]
     own: Path | None  # the adapter of the picture, if there is one
 
-    def draw(self, base: DiffusionPipeline, files: Mapping[float, Path]) -> dict[float, Path]:
-        """Draw and write a picture for each strength, and say what there is if that is interrupted."""
+    def draw(self, base: DiffusionPipeline, files: Mapping[float, Path]) -> tuple[dict[float, Path], list[Path]]:
+        """Draw and write a picture for each strength, and say what there is if that is interrupted.
+
+        Returns:
+            The pictures by strength, and those of them that a safety checker has blacked out.
+        """
         written: dict[float, Path] = {}
+        hidden: list[Path] = []
         try:
-            for strength, file in self._drawn(base, files):
+            for strength, file, blacked_out in self._drawn(base, files):
                 written[strength] = file
+                hidden += [file] if blacked_out else []
         except KeyboardInterrupt:
             names = ", ".join(file.name for file in written.values())
             again = f"written: {names}; give --overwrite with the same command, which draws all anew"
             kept = "" if self.own is None else f"; the adapter of the picture is kept in {self.own}"
             tqdm.write(printable(f"{again if written else 'no picture was written'}{kept}"), file=sys.stderr)
             raise
-        return written
+        return written, hidden
 
-    def _drawn(self, base: DiffusionPipeline, files: Mapping[float, Path]) -> Iterator[tuple[float, Path]]:
+    def _drawn(self, base: DiffusionPipeline, files: Mapping[float, Path]) -> Iterator[tuple[float, Path, bool]]:
         mask = None if self.mask is None else self.frame.fitted_mask(self.mask)
         pipeline = drawing_pipeline(base, self.config)
         editor = Editor(base, pipeline, self.frame.fitted(self.picture), mask, self.config)
@@ -277,7 +328,7 @@ class _Work:
             for strength, file in files.items():
                 uses = {name: scaled(use, strength) for name, use in self.uses.items()}
                 with acting_adapters(pipeline, uses):
-                    drawn = editor.draw(progress.update)
+                    drawn, blacked_out = editor.draw(progress.update)
                 image = self._finished(drawn)
                 weights: dict[str, AdapterWeight] = {name: use.weight for name, use in uses.items()}
                 settings = self._settings(uses) | {
@@ -285,7 +336,8 @@ class _Work:
                     "height": image.height,
                     "scheduler": editor.scheduler_name,
                 }
-                yield strength, save_png(image, file, settings, embedded_in_picture(embedded, weights))
+                settings |= {"blacked_out": True} if blacked_out else {}
+                yield strength, save_png(image, file, settings, embedded_in_picture(embedded, weights)), blacked_out
 
     def save_grid(self, file: Path, pictures: Mapping[float, Path]) -> Path:
         """The source and the pictures beside each other."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.sampling.config import DTYPES, ON_MISMATCH
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.settings import setting
 
 KINDS = ("live", "object")
@@ -137,6 +138,4 @@ def check_config(config: EvaluationConfig) -> None:
         number = getattr(config, name)
         if number is not None and number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
-    for name, size in (("height", config.height), ("width", config.width)):
-        if size is not None and (size < 8 or size % 8):
-            raise UserError(f"--{name} must be a multiple of 8, got {size}")
+    check_picture_size(height=config.height, width=config.width)

@@ -114,6 +114,11 @@ def is_made(planned: PlannedPicture, sizes: dict[str, int]) -> bool:
     return all(found.get(name) == value for name, value in {**planned.settings, **sizes}.items())
 
 
+def is_blacked_out(picture: PlannedPicture) -> bool:
+    """Whether the base model's safety checker has hidden a picture that is there."""
+    return read_png_settings(picture.file).get("blacked_out") is True
+
+
 def drawn_pictures(planned: Sequence[PlannedPicture]) -> PromptedPictures | None:
     """The pictures that a `svft_diffusion.evaluation.painter.Painter` has drawn; None if none are planned.
 

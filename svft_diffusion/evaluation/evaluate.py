@@ -21,7 +21,7 @@ from svft_diffusion.evaluation.backbones import (
     parse_backbone,
 )
 from svft_diffusion.evaluation.config import EvaluationConfig, check_config
-from svft_diffusion.evaluation.drawing import check_others, drawn_pictures, guidance_scale
+from svft_diffusion.evaluation.drawing import check_others, drawn_pictures, guidance_scale, is_blacked_out
 from svft_diffusion.evaluation.lpips_diversity import LPIPS_NAME, LpipsDiversity
 from svft_diffusion.evaluation.output_folder import holds_this_report
 from svft_diffusion.evaluation.painter import Painter, PlannedSet
@@ -45,7 +45,9 @@ from svft_diffusion.factors import use_cache
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models.loading import EMBEDDED_MODEL, base_display_name
 from svft_diffusion.sampling.adapter_choice import unique_names
+from svft_diffusion.sampling.default_size import stored_resolution
 from svft_diffusion.sampling.devices import resolve_device
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.sampling.plan import check_picture_settings, new_numbered_folder
 from svft_diffusion.sampling.spreading import (
     Process,
@@ -99,6 +101,7 @@ def evaluate(config: EvaluationConfig, sources: Sequence[SubjectSource]) -> Eval
     base = base_of(config, sources)
     if base is not None:
         check_picture_settings(config.seed, config.num_inference_steps, guidance_scale(config, base))
+        check_picture_size(stored_resolution(base), height=config.height, width=config.width)
     output_dir = _output_dir(config, process)
     folders = unique_names(source.name for source in sources)
     subjects = [
@@ -269,6 +272,11 @@ def _notes(findings: _Findings, subjects: Sequence[PreparedSubject], backbones: 
         name = subject.source.name
         if skipped := subject.photos.skipped:
             notes.append(f"{name}: photos that were left out: {'; '.join(skipped)}")
+        if hidden := sum(is_blacked_out(picture) for one in subject.planned() for picture in one.pictures):
+            notes.append(
+                f"{name}: blacked out by the base model's safety checker, and scored as they are: {hidden} of the "
+                "pictures; the same command with --disable_safety_checker draws them anew"
+            )
         if subject.existing is None:
             continue
         if skipped := subject.existing.skipped:
@@ -317,6 +325,8 @@ def _write(
 ) -> EvaluationResult:
     if report.best and not can_plot():
         report.notes.append(PLOT_MISSING)
+    elif not report.best and report.deciding is not None and any(row.sha256 for row in report.rows):
+        report.notes.append("no pareto.png: it compares several adapters of one subject")
     write_report(report, output_dir)  # by which the rest is known to be of this evaluation
     plots = []
     for subject, folder in zip(report.subjects, folders, strict=True):

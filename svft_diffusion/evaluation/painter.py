@@ -16,10 +16,11 @@ from svft_diffusion.adapters import load_adapter, set_adapters, unload_adapter
 from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig
-from svft_diffusion.evaluation.drawing import NAME_THE_BASE, PlannedPicture, check_others, is_made
+from svft_diffusion.evaluation.drawing import NAME_THE_BASE, PlannedPicture, check_others, is_blacked_out, is_made
 from svft_diffusion.models.loading import default_resolution
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
-from svft_diffusion.sampling.drawing import facts_of, generate, open_pipeline
+from svft_diffusion.sampling.drawing import facts_of, generate_batch, open_pipeline
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.spreading import Process
 
@@ -61,7 +62,7 @@ class Painter:
         sizes = self._sizes() if of_size_unknown and any(picture.file.exists() for picture in planned) else {}
         if not self._config.overwrite:
             check_others(planned, sizes)
-        shares = list(_shares(sets, sizes, process))
+        shares = list(_shares(sets, sizes, process, hidden_too=self._config.disable_safety_checker))
         total = sum(len(missing) for _, missing in shares)
         if not total:
             return
@@ -81,16 +82,17 @@ class Painter:
         config, sizes = self._config, self._sizes()
         with self._acting(adapter) as pipeline:
             for picture in missing:
-                image = generate(
+                [(image, blacked_out)] = generate_batch(
                     pipeline,
                     picture.prompt,
-                    seed=picture.seed,
+                    seeds=[picture.seed],
                     num_inference_steps=config.num_inference_steps,
                     guidance_scale=picture.settings["guidance_scale"],
                     height=sizes["height"],
                     width=sizes["width"],
                 )
-                save_png(image, picture.file, picture.settings | facts_of(pipeline, image))
+                settings = picture.settings | facts_of(pipeline, image) | ({"blacked_out": True} if blacked_out else {})
+                save_png(image, picture.file, settings)
                 progress.update()
 
     @contextmanager
@@ -110,6 +112,7 @@ class Painter:
     def _sizes(self) -> dict[str, int]:
         """Height and width in pixels."""
         resolution = default_resolution(self._opened())
+        check_picture_size(resolution, height=self._config.height, width=self._config.width)
         return {"height": self._config.height or resolution, "width": self._config.width or resolution}
 
     def _opened(self) -> DiffusionPipeline:
@@ -133,14 +136,19 @@ class Painter:
 
 
 def _shares(
-    sets: Sequence[PlannedSet], sizes: dict[str, int], process: Process
+    sets: Sequence[PlannedSet], sizes: dict[str, int], process: Process, *, hidden_too: bool
 ) -> Iterator[tuple[PlannedSet, list[PlannedPicture]]]:
-    """Of every set, the missing pictures that fall to ``process``: every n-th of all, whatever is there."""
+    """Of every set, the missing pictures that fall to ``process``: every n-th of all, whatever is there.
+
+    Args:
+        hidden_too: pictures that a safety checker has blacked out are missing too.
+    """
     number = 0
     for one in sets:
         missing = []
         for picture in one.pictures:
-            if number % process.count == process.index and not is_made(picture, sizes):
+            is_there = is_made(picture, sizes) and not (hidden_too and is_blacked_out(picture))
+            if number % process.count == process.index and not is_there:
                 missing.append(picture)
             number += 1
         if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from svft_diffusion.evaluation.report import EvaluationReport, ScoredRow, SummaryRow
 from svft_diffusion.evaluation.scoring import FEATURE_DRIFT, PIXEL_DRIFT, PROMPT_DRIFT, SUBJECT_FIDELITY, Scores
@@ -11,6 +12,7 @@ from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.markdown import plain, table
 
 PAGE_FILE = "report.md"
+NO_SCORE = "-"
 _DRIFTS = (PROMPT_DRIFT, FEATURE_DRIFT, PIXEL_DRIFT)
 _HOW_TO_READ = """\
 Cosines are plain ones, and comparable within a column only. Subject fidelity is the mean over all pairs of a picture \
@@ -19,6 +21,14 @@ pictures of the class with the subject's photos: less is better, and a class tha
 much. DIV is the distance between pictures of one prompt: more is more diverse. Drift is what the adapter changes in \
 pictures of the class, from the same prompts and noise: none is best."""
 _SOURCE = "Protocol: Ruiz et al., DreamBooth, CVPR 2023."
+
+
+class ScoreTable(NamedTuple):
+    """Some of the scores; in the first column, what was scored."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 def write_page(report: EvaluationReport, folder: Path, pictures: Sequence[str]) -> Path:
@@ -36,14 +46,22 @@ def write_page(report: EvaluationReport, folder: Path, pictures: Sequence[str]) 
 def page(report: EvaluationReport, pictures: Sequence[str]) -> str:
     """The report as Markdown."""
     parts = ["# Evaluation", *_best(report), f"{_HOW_TO_READ} {_SOURCE}", *_summary(report)]
-    fidelities = [key for key in report.titles if key.partition(":")[0] not in _DRIFTS]
-    drifts = [key for key in report.titles if key.partition(":")[0] in _DRIFTS]
-    parts += ["## Fidelity", _rows(report, fidelities, with_photos=True)]
-    if any(row.class_pictures for row in report.rows):
-        parts += ["## Drift of the class", _rows(report, drifts)]
+    for one in score_tables(report):
+        cells = [[plain(cell) for cell in row] for row in one.rows]
+        parts += [f"## {one.title}", table(one.columns, cells)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += ["## How it was made", *_facts(report)]
     return "\n\n".join(parts) + "\n"
+
+
+def score_tables(report: EvaluationReport) -> list[ScoreTable]:
+    """The scores of all rows, and of the real photos, as text; drift by itself, where it was measured."""
+    fidelities = [key for key in report.titles if key.partition(":")[0] not in _DRIFTS]
+    drifts = [key for key in report.titles if key.partition(":")[0] in _DRIFTS]
+    tables = [_rows("Fidelity", report, fidelities, with_photos=True)]
+    if any(row.class_pictures for row in report.rows):
+        tables.append(_rows("Drift of the class", report, drifts))
+    return tables
 
 
 def result_lines(report: EvaluationReport) -> list[str]:
@@ -84,17 +102,17 @@ def _summary(report: EvaluationReport) -> list[str]:
     return ["## Means", "In brackets: the 95 % bootstrap interval of the mean, over subjects.", table(titles, rows)]
 
 
-def _rows(report: EvaluationReport, keys: Sequence[str], *, with_photos: bool = False) -> str:
+def _rows(title: str, report: EvaluationReport, keys: Sequence[str], *, with_photos: bool = False) -> ScoreTable:
     keys = [key for key in keys if any(key in row.scores for row in report.rows)]
     rows = []
     for subject in report.subjects:
         of_subject = [row for row in report.rows if row.subject == subject.name]
-        rows += [[plain(_name_of(row, report)), *_cells(row.scores, keys)] for row in of_subject]
+        rows += [[_name_of(row, report), *_cells(row.scores, keys)] for row in of_subject]
         if with_photos:
             name = f"{subject.name}: " if len(report.subjects) > 1 else ""
             own = {key: value for key, value in subject.photo_scores.items() if key.startswith(SUBJECT_FIDELITY)}
-            rows.append([plain(f"{name}real photos"), *_cells(own, keys)])
-    return table(["", *(report.titles[key] for key in keys)], rows)
+            rows.append([f"{name}real photos", *_cells(own, keys)])
+    return ScoreTable(title, ["", *(report.titles[key] for key in keys)], rows)
 
 
 def _facts(report: EvaluationReport) -> list[str]:
@@ -129,7 +147,7 @@ def _cells(scores: Scores, keys: Sequence[str]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return NO_SCORE if value is None else f"{value:.3f}"
 
 
 def _with_interval(mean: float | None, interval: tuple[float, float] | None) -> str:

@@ -19,8 +19,8 @@ from svft_diffusion.files import AdapterHeader
 from svft_diffusion.models.loading import EMBEDDED_MODEL
 from svft_diffusion.sampling.adapter_choice import AdapterChoice
 from svft_diffusion.sampling.prompt_files import PROMPT_LISTS, PromptRow, SubjectWords, fill_in, read_prompts
-from svft_diffusion.sampling.structured_files import read_rows
 from svft_diffusion.settings import setting
+from svft_diffusion.structured_files import read_rows
 from svft_diffusion.toybox.world import SCENES
 
 TOY_LIST = "toy"

@@ -18,17 +18,17 @@ from svft_diffusion.toybox.world import SCENES
 PLAIN_BACKGROUNDS = ("white", "gray", "blue")
 
 
-def class_prompts(subject: ToySubject) -> list[str]:
-    """One prompt of the subject's class for every scene of the world."""
+def write_class_prompts(subject: ToySubject, path: Path) -> Path:
+    """Save one prompt of the subject's class for every scene of the world, one a line."""
+    return write_scene_prompts(subject.class_prompt, path)
+
+
+def write_scene_prompts(prompt: str, path: Path) -> Path:
+    """Save ``prompt`` with every scene of the world, one a line."""
     phrases = [phrases[0] for phrases in SCENES.values() if phrases]
     phrases += [f"on a {colour} background" for colour in PLAIN_BACKGROUNDS]
-    return [f"{subject.class_prompt} {phrase}" for phrase in phrases]
-
-
-def write_class_prompts(subject: ToySubject, path: Path) -> Path:
-    """Save the class prompts, one a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(class_prompts(subject)) + "\n", encoding="utf-8")
+    path.write_text("".join(f"{prompt} {phrase}\n" for phrase in phrases), encoding="utf-8")
     return path
 
 

@@ -11,6 +11,10 @@ AUTO_TOLERANCE = 0.01
 """Relative error that ``rank="auto"`` stays below, over all layers together."""
 
 
+_MUCH_LOST = 0.1
+"""Relative error of the rank from which the LoRA is visibly another adapter."""
+
+
 @dataclass(frozen=True)
 class CarriedLayer:
     """A layer whose update the file holds, up to its rank.
@@ -147,6 +151,12 @@ class ExportReport:
         if self.rank_cut:
             lines.append(
                 f"rank auto ended at {self.rank}, its limit: the adapter is of higher rank; give a rank, or full"
+            )
+        elif self.rank_error > _MUCH_LOST:
+            lines.append(
+                f"warning: rank {self.rank} is too low for this adapter, whose layers are of ranks up to "
+                f"{max(layer.rank for layer in self.layers)}: {self.rank_error:.0%} of its update is lost, and "
+                "pictures will differ; give a higher rank, auto or full"
             )
         lines += self._lines_of_left_out()
         lines.append(f"relative error in total: {self.total_error:.2e}")

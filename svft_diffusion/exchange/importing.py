@@ -23,6 +23,7 @@ from svft_diffusion.exchange.import_labels import Labels, labels_of
 from svft_diffusion.exchange.import_lora import LORA
 from svft_diffusion.exchange.import_svdiff import SVDIFF
 from svft_diffusion.exchange.import_svft import SVFT
+from svft_diffusion.files import AdapterMetadata
 from svft_diffusion.files.names import components_of
 
 FORMATS: tuple[Format, ...] = (SVDIFF, SVFT, LORA)
@@ -74,6 +75,16 @@ class ImportReport:
         said = {name: line for name, line in asdict(self.labels).items() if line}
         text += [f"the file says, {name}: {line}" for name, line in said.items()]
         return text
+
+    def metadata(self, base_name: str) -> AdapterMetadata:
+        """What the adapter's file says of itself, imported for the base ``base_name``."""
+        return AdapterMetadata(
+            base_name=base_name,
+            title=self.labels.title,
+            trigger=self.labels.trigger,
+            description=self.labels.description,
+            training={"imported_from": self.source, "import_error": self.error},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""

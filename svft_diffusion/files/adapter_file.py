@@ -77,8 +77,6 @@ def adapter_bytes(header: AdapterHeader, tensors: Mapping[str, Tensor], *, label
     contents = {name: stored_tensor(name, tensor, header.value_dtype) for name, tensor in tensors.items()}
     for name, tensor in contents.items():
         _check_type(label, header, name, dtype_name(tensor), tuple(tensor.shape))
-        if tensor.dtype == torch.float16 and torch.isinf(tensor).any() and torch.isfinite(tensors[name]).all():
-            raise UserError(f"{label}: {name!r} has a value too large for float16; store it as float32")
     _check_contents(label, header, contents)
     text = header_to_json(header)
     # As a reader sees it: without folders.
@@ -99,7 +97,13 @@ def read_header(file: str | Path) -> AdapterHeader:
     Raises:
         UserError: no such file, not an adapter of this product, damaged, or of another format version.
     """
-    return _header_of(str(file), _container_of(read_bytes(file), str(file)))
+    return contents_from_bytes(read_bytes(file), str(file))[0]
+
+
+def contents_from_bytes(data: bytes, label: str) -> tuple[AdapterHeader, list[str]]:
+    """Header, and canonical names of the adapted layers, of what was read already. Raises as `read_header`."""
+    container = _container_of(data, label)
+    return _header_of(label, container), layer_names(container.entries)
 
 
 def read_adapter(file: str | Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
@@ -179,7 +183,10 @@ def stored_tensor(name: str, tensor: Tensor, value_dtype: str) -> Tensor:
     if value_dtype not in VALUE_DTYPES:
         raise UserError(f"values can be stored as {', '.join(VALUE_DTYPES)}, not as {value_dtype!r}")
     trained = name.rpartition(".")[2] in (*TRAINED_PARTS, TOKENS) and tensor.is_floating_point()
-    return tensor.detach().cpu().to(getattr(torch, value_dtype) if trained else tensor.dtype)
+    stored = tensor.detach().cpu().to(getattr(torch, value_dtype) if trained else tensor.dtype)
+    if stored.dtype == torch.float16 and torch.isinf(stored).any() and torch.isfinite(tensor).all():
+        raise UserError(f"{name!r} has a value too large for float16; store it as float32")
+    return stored
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.files.carrier import adapters_in_png, settings_in_png
+from svft_diffusion.files.safe_names import safe_name
 from svft_diffusion.files.whole_files import check_output_file, replace_when_whole
 from svft_diffusion.inspection.facts import AdapterFacts, facts_of_adapter
-
-_LONGEST_NAME = 80  # bytes: file systems take 255, with an ending and a number
-# Names of devices on Windows, whatever follows the dot.
-_RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 
 
 @dataclass(frozen=True)
@@ -81,11 +77,7 @@ def _file_names(labels: Iterable[str]) -> list[str]:
     """``labels``, which come from a picture, as names of files in one folder on any system."""
     names: list[str] = []
     for label in labels:
-        plain = (
-            re.sub(r"[^\w-]+", "_", label).encode()[:_LONGEST_NAME].decode("utf-8", "ignore").strip("_") or "adapter"
-        )
-        if plain.upper() in _RESERVED_NAMES:
-            plain = f"{plain}_adapter"
+        plain = safe_name(label)
         name, number = plain, 2
         while name.casefold() in {other.casefold() for other in names}:
             name, number = f"{plain}-{number}", number + 1

@@ -87,12 +87,19 @@ class Verifier:
         revision: str | None = None,
         variant: str | None = None,
         base_config: Path | None = None,
+        pipeline: DiffusionPipeline | None = None,
     ) -> None:
+        """
+        Args:
+            base: what to compare with; None: files alone are verified.
+            revision, variant, base_config: of the base, as `load_pipeline` takes them.
+            pipeline: the base, where it is loaded already; it is left as it was.
+        """
         self._base = base
         self._base_config = base_config
         self._revision = revision
         self._variant = variant
-        self._pipeline: DiffusionPipeline | None = None
+        self._pipeline: DiffusionPipeline | None = pipeline
 
     def verify(self, file: Path) -> Verification:
         """What is known of one file. Whatever is wrong with it, or with the base, is told and not raised."""

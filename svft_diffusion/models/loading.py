@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from safetensors import SafetensorError
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.single_file import left_out_components, load_single_file
 from svft_diffusion.models.vae import use_vae
+from svft_diffusion.settings import nearest_hint
+from svft_diffusion.terminal import printable
 from svft_diffusion.toybox import WEIGHTS_FOLDER
 
 EMBEDDED_MODEL = "toybox"
@@ -49,6 +52,8 @@ def resolve_base(name: str, base_config: str | Path | None = None) -> str:
         UserError: a folder that is not there or holds no pipeline, another file, no possible name, or a
             ``base_config`` that is no such folder or has no use.
     """
+    if name != EMBEDDED_MODEL:
+        _check_name(name)
     if base_config is not None:
         if not (Path(base_config).expanduser() / "model_index.json").is_file():
             raise UserError(f"--base_config {base_config} is no folder of a diffusers pipeline (with model_index.json)")
@@ -73,7 +78,22 @@ def resolve_base(name: str, base_config: str | Path | None = None) -> str:
         return str(path)
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"no such base model folder: {name!r}")
+    if "/" not in name and (hint := nearest_hint(name.lower(), [EMBEDDED_MODEL])):
+        raise UserError(f"no such base model folder: {name!r}{hint}")  # before the Hub is asked for it, again and again
     return name
+
+
+def _check_name(name: str) -> None:
+    """Raise `UserError` for a name that the system can't even look for."""
+    try:
+        Path(name).expanduser().stat()
+    except FileNotFoundError:
+        return
+    except (OSError, RuntimeError, ValueError) as problem:  # RuntimeError: the home of an unknown user
+        if getattr(problem, "errno", None) == errno.ENOTDIR:
+            return
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"no such base model folder: {printable(name, 80)}: {reason}") from None
 
 
 def load_pipeline(
@@ -133,6 +153,8 @@ def _index_folder(source: str, revision: str | None, local_files_only: bool) -> 
         return Path(source)
     try:
         index = hf_hub_download(source, "model_index.json", revision=revision, local_files_only=local_files_only)
+    except LocalEntryNotFoundError:
+        raise  # nothing else of it would be found either
     except (OSError, ValueError):
         return Path(source)  # diffusers says what is wrong
     return Path(index).parent

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svft_diffusion.errors import UserError
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.settings import setting
 
 ON_MISMATCH = ("error", "align", "force")
@@ -135,3 +137,24 @@ class SamplingConfig:
             value: Any = getattr(self, name)
             if not isinstance(value, list):
                 object.__setattr__(self, name, [value])
+
+
+def check_values(config: SamplingConfig) -> None:
+    """Refuse what can be told to be wrong at once, without any import that takes its time.
+
+    Raises:
+        UserError: names the setting and what it may be.
+    """
+    if not config.prompt and config.prompts is None:
+        raise UserError('what should be drawn? Give at least one --prompt "..."')
+    if any(not prompt.strip() for prompt in config.prompt):
+        raise UserError("a --prompt is empty")
+    if any(not -1e4 < weight < 1e4 for weight in config.weights):
+        raise UserError("--weights must be finite numbers of a sensible size")
+    for name in ("seed", "num_inference_steps", "guidance_scale", "scheduler"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} holds no value")
+    for name in ("num_images", "batch_size", "threads"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    check_picture_size(height=config.height, width=config.width)

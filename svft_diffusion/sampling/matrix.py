@@ -15,8 +15,8 @@ from svft_diffusion.sampling.adapter_sets import AdapterEntry, AdapterSets, entr
 from svft_diffusion.sampling.adapter_use import AdapterUse, parse_use
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.prompt_files import PROMPT_LISTS
-from svft_diffusion.sampling.structured_files import read_structured
 from svft_diffusion.settings import config_from_mapping, nearest_hint, settings_of
+from svft_diffusion.structured_files import read_structured
 from svft_diffusion.terminal import printable
 
 _GROUPS = ("base model", "adapters", "pictures")  # the other settings say where and how, not what to draw

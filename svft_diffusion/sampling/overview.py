@@ -51,6 +51,19 @@ def write_overview(output_dir: Path, rows: Sequence[PlannedRow]) -> Overview:
     return Overview(grids, write_index(output_dir, listed), blacked_out)
 
 
+def save_sheet(
+    file: Path, rows: Sequence[Sequence[Path | None]], row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Path:
+    """Write a labelled grid of pictures that are there; its settings name them.
+
+    Raises:
+        UserError: a picture is gone, or the file can't be written.
+    """
+    pictures = [[None if path is None else _small(read_png(path)[0]) for path in row] for row in rows]
+    names = [path.name for row in rows for path in row if path is not None]
+    return save_png(labelled_grid(pictures, row_labels, column_labels), file, {"pictures": names})
+
+
 def _pages(rows: Sequence[PlannedRow]) -> Iterator[list[PlannedRow]]:
     """Rows in groups of not much more than `_PICTURES_OF_GRID` pictures."""
     page: list[PlannedRow] = []

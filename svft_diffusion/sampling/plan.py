@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from svft_diffusion.models.loading import base_display_name
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
 from svft_diffusion.sampling.adapter_sets import LoadedSets, scaled, uses_in_prompt, words_of
 from svft_diffusion.sampling.adapter_use import AdapterUse, use_in_picture
-from svft_diffusion.sampling.config import SamplingConfig
+from svft_diffusion.sampling.config import SamplingConfig, check_values
 from svft_diffusion.sampling.prompt_files import PromptRow, SubjectWords, fill_in, read_prompts
 from svft_diffusion.sampling.prompt_syntax import split_prompt
 from svft_diffusion.sampling.schedulers import DEFAULT, scheduler_name
@@ -60,22 +61,8 @@ def check_config(config: SamplingConfig) -> None:
     Raises:
         UserError: names the setting and what it may be.
     """
-    if not config.prompt and config.prompts is None:
-        raise UserError('what should be drawn? Give at least one --prompt "..."')
-    if any(not prompt.strip() for prompt in config.prompt):
-        raise UserError("a --prompt is empty")
-    if any(not -1e4 < weight < 1e4 for weight in config.weights):
-        raise UserError("--weights must be finite numbers of a sensible size")
-    for name in ("seed", "num_inference_steps", "guidance_scale", "scheduler"):
-        if not getattr(config, name):
-            raise UserError(f"--{name} holds no value")
+    check_values(config)
     check_choice(config.on_mismatch)
-    for name in ("num_images", "batch_size", "threads"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
-    for name, size in (("height", config.height), ("width", config.width)):
-        if size is not None and (size < 8 or size % 8):
-            raise UserError(f"--{name} must be a multiple of 8, got {size}")
     _check_axes(PromptRow(), config)
 
 
@@ -121,11 +108,12 @@ def plan_rows(config: SamplingConfig, prompts: Sequence[PromptRow], loaded: Load
     )
     if combinations > _MOST_PICTURES:
         raise UserError(f"{combinations} pictures are asked for; at most {_MOST_PICTURES} in one folder")
+    texts = Counter(split_prompt(prompt.prompt)[0] for prompt in prompts)
     rows = [
         row
         for number, prompt in enumerate(prompts)
         for label in loaded.sets
-        for row in _rows_of(config, number, prompt, label, loaded)
+        for row in _rows_of(config, number, prompt, label, loaded, texts)
     ]
     _check_names(rows)
     return rows
@@ -206,9 +194,18 @@ def _combinations(row: PromptRow, config: SamplingConfig) -> Iterator[tuple[str,
 
 
 def _rows_of(
-    config: SamplingConfig, number: int, given: PromptRow, set_label: str, loaded: LoadedSets
+    config: SamplingConfig,
+    number: int,
+    given: PromptRow,
+    set_label: str,
+    loaded: LoadedSets,
+    texts: Mapping[str, int],
 ) -> Iterator[PlannedRow]:
-    """The rows of one prompt and set. File names and labels tell what differs among those of this prompt."""
+    """The rows of one prompt and set. File names and labels tell what differs among those of this prompt.
+
+    Args:
+        texts: how many prompts are the same but for their tags; names of their files tell these too.
+    """
     text, tags = split_prompt(given.prompt)
     uses = uses_in_prompt(loaded.sets[set_label], tags, loaded, given.prompt)
     prompt = fill_in(text, words_of(uses, loaded, SubjectWords(config.token, config.class_word)))
@@ -216,6 +213,9 @@ def _rows_of(
         raise UserError(f"the prompt {given.prompt[:80]!r} holds tags of adapters alone; say what to draw")
     combinations = list(_combinations(given, config))
     differing = [len({values[axis] for values in combinations}) > 1 for axis in range(3)]
+    tagged = {name: _weight_words(weight) for name, weight in tags.items()}
+    of_tags = ", ".join(f"{name} {weight}" for name, weight in tagged.items())
+    in_names = "".join(f"_{slug(name)}{weight}" for name, weight in tagged.items()) if texts[text] > 1 else ""
     negative_prompt = config.negative_prompt if given.negative_prompt is None else given.negative_prompt
     for scheduler, steps, guidance, strength in combinations:
         parts = {  # of the file name -> of the label
@@ -223,10 +223,10 @@ def _rows_of(
             f"_{scheduler}": scheduler if differing[0] else None,
             f"_steps{steps}": f"{steps} steps" if differing[1] else None,
             f"_cfg{guidance:g}": f"guidance {guidance:g}" if differing[2] else None,
-            f"_w{strength:g}": f"strength {strength:g}" if config.weights else None,
+            f"_w{strength:g}": f"strength {strength:g}{f' of {of_tags}' if tags else ''}" if config.weights else None,
         }
         told = {part: label for part, label in parts.items() if label is not None}
-        stem = (given.name or f"{number:03d}_{slug(prompt)}") + "".join(told)
+        stem = (given.name or f"{number:03d}_{slug(prompt)}{in_names}") + "".join(told)
         scaled_uses = {name: scaled(use, strength) for name, use in uses.items()}
         pictures = [
             PlannedPicture(
@@ -248,8 +248,15 @@ def _rows_of(
             )
             for seed in _seeds(given, config)
         ]
-        label = "\n".join([prompt, *told.values()])
+        label = "\n".join([prompt, *([of_tags] if tags and not config.weights else []), *told.values()])
         yield PlannedRow(label, prompt, negative_prompt, scaled_uses, scheduler, steps, guidance, pictures)
+
+
+def _weight_words(weight: AdapterWeight) -> str:
+    """``0.5``, or ``unet0.5-text_encoder0.2``: a weight in names of files and in labels."""
+    if isinstance(weight, Mapping):
+        return "-".join(f"{part}{_weight_words(of_part)}" for part, of_part in weight.items())
+    return f"{weight:g}"
 
 
 def _version_of_base(config: SamplingConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import os
 import re
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.sampling.structured_files import read_structured, read_text
 from svft_diffusion.settings import config_from_mapping, nearest_hint, setting
+from svft_diffusion.structured_files import read_structured, read_text
 
 PROMPT_LISTS = {
     "dreambooth_object": "25 prompts of DreamBooth's evaluation, for objects",
@@ -23,6 +24,7 @@ PROMPT_LISTS = {
 
 _LISTS_FOLDER = Path(__file__).parent / "prompt_lists"
 _NAME = re.compile(r"[^\W_][\w-]{0,79}")
+_PLACEHOLDERS = ("token", "class")
 _SUBJECT = re.compile(r"\{token\} \{class\}|\{token\}|\{class\}")
 
 
@@ -93,11 +95,23 @@ def fill_in(prompt: str, words: SubjectWords) -> str:
     return _SUBJECT.sub(word, prompt)
 
 
+def unknown_placeholders(prompt: str) -> list[str]:
+    """The words in braces that `fill_in` leaves as they are, though somebody may have meant otherwise."""
+    return list(dict.fromkeys(word for word in re.findall(r"\{([A-Za-z_]+)\}", prompt) if word not in _PLACEHOLDERS))
+
+
+def unknown_placeholder_note(word: str) -> str:
+    """What is said of one of them."""
+    meant = difflib.get_close_matches(word.lower(), _PLACEHOLDERS, n=1)
+    hint = f", did you mean {{{meant[0]}}}?" if meant else ";"
+    return f"in a prompt, {{{word}}} stays as it is{hint} {{token}} and {{class}} are what gets filled in"
+
+
 def check_name(name: str) -> None:
     """Raises `UserError` for a name with which a file could lie outside the output folder, or nowhere."""
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"name {_short(name)!r}: a file's name has up to 80 letters, digits, - and _, and begins with no mark"
+            f"name {_short(name)!r}: a file's name has up to 80 letters, digits, - and _, the first a letter or digit"
         )
 
 

@@ -10,6 +10,7 @@ from svft_diffusion.sampling.weight_text import component_weights, weight_number
 
 # No part of a tag holds an angle bracket: a search that fails gives up at the next one, and never goes back.
 _TAG = re.compile(r"<adapter:([^<>]*)>", re.IGNORECASE)
+_WITHOUT_END = re.compile(r"<adapter:[^<>]*", re.IGNORECASE)
 _EXAMPLE = "<adapter:dog:0.8> or <adapter:dog:unet=0.5,te=0.2>"
 
 
@@ -21,8 +22,8 @@ def split_prompt(text: str) -> tuple[str, dict[str, AdapterWeight]]:
     it is.
 
     Raises:
-        UserError: a tag without a name, a weight that is no number, an adapter named twice, or two numbers without
-            names, of which tools disagree which is the text encoder's.
+        UserError: a tag without an end or a name, a weight that is missing or no number, an adapter named twice, two
+            numbers without names, of which tools disagree which is the text encoder's.
     """
     weights: dict[str, AdapterWeight] = {}
     for found in _TAG.finditer(text):
@@ -30,9 +31,12 @@ def split_prompt(text: str) -> tuple[str, dict[str, AdapterWeight]]:
         if name in weights:
             raise UserError(f"{_short(found[0])}: the prompt names {name!r} twice")
         weights[name] = weight
+    plain = _TAG.sub(" ", text)
+    if rest := _WITHOUT_END.search(plain):
+        raise UserError(f"{_short(rest[0].strip())}: a tag has no end; write {_EXAMPLE}")
     if not weights:
         return text, {}
-    return re.sub(r"[ \t]+", " ", _TAG.sub(" ", text)).strip(), weights
+    return re.sub(r"[ \t]+", " ", plain).strip(), weights
 
 
 def _parse_tag(tag: str, inside: str) -> tuple[str, AdapterWeight]:
@@ -45,6 +49,8 @@ def _parse_tag(tag: str, inside: str) -> tuple[str, AdapterWeight]:
             f"so write <adapter:{_short(name)}:unet=0.5,te=0.2>"
         )
     weight = numbers[0] if numbers else ""
+    if numbers and not weight:
+        raise UserError(f"{_short(tag)}: the weight after the last colon is missing; write {_EXAMPLE}")
     return name, component_weights(_short(tag), weight) or weight_number(_short(tag), weight, _EXAMPLE)
 
 

@@ -71,7 +71,8 @@ def read_mask(file: Path) -> NDArray[np.float32]:
                     raise UserError(f"the mask {file} has {picture.width}x{picture.height} pixels, which are too many")
                 mask = _lightness(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
-        raise UserError(f"the mask {file} can't be read as a PNG picture: {problem}") from problem
+        reason = "no such file" if isinstance(problem, FileNotFoundError) else getattr(problem, "strerror", None)
+        raise UserError(f"the mask {file} can't be read as a PNG picture: {reason or problem}") from problem
     if not mask.any():
         raise UserError(f"the mask {file} is black everywhere; it must be white where the adapter acts")
     return mask

@@ -32,6 +32,7 @@ from svft_diffusion.sampling.drawing import arguments_of_few, facts_of, generate
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.folder import finished_pictures
 from svft_diffusion.sampling.overview import write_overview
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.sampling.plan import (
     PlannedPicture,
     PlannedRow,
@@ -41,6 +42,7 @@ from svft_diffusion.sampling.plan import (
     read_prompt_rows,
 )
 from svft_diffusion.sampling.png import save_png
+from svft_diffusion.sampling.prompt_files import unknown_placeholder_note, unknown_placeholders
 from svft_diffusion.sampling.schedulers import make_scheduler
 from svft_diffusion.sampling.spreading import (
     Process,
@@ -95,6 +97,8 @@ def sample(config: SamplingConfig, adapters: AdapterSets | None = None) -> Sampl
     use_cache(config.factor_cache, config.factor_cache_size)
     device = resolve_device(device_of(process, config.device))
     resolve_base(config.pretrained_model_name_or_path, config.base_config)
+    own_size = stored_resolution(config.pretrained_model_name_or_path)
+    check_picture_size(own_size, height=config.height, width=config.width)
     if config.pretrained_vae_model_name_or_path is not None:
         resolve_vae(config.pretrained_vae_model_name_or_path)
     prompts = read_prompt_rows(config)
@@ -107,6 +111,9 @@ def sample(config: SamplingConfig, adapters: AdapterSets | None = None) -> Sampl
     embedded = adapters_to_embed(list(loaded.adapters.values()), config.embed_adapter)
     refuse_twice(loaded.adapters.values())
     rows = plan_rows(config, prompts, loaded)
+    if process.is_first:
+        for word in dict.fromkeys(word for row in prompts for word in unknown_placeholders(row.prompt)):
+            tqdm.write(printable(unknown_placeholder_note(word)))
     output_dir = _output_dir(config, process)
     finished = _finished(output_dir, rows, config, config.width, config.height)
     check_writable(output_dir)
@@ -207,6 +214,7 @@ class _Work:
         self._output_dir = output_dir
         self._embedded = embedded
         resolution = default_resolution(pipeline)
+        check_picture_size(resolution, height=config.height, width=config.width)
         self._height, self._width = config.height or resolution, config.width or resolution
         self._schedulers = {name: make_scheduler(pipeline, name) for name in {row.scheduler for row in rows}}
 

@@ -61,9 +61,9 @@ def saved_settings(config: TrainingConfig) -> dict[str, object]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def write_config(config: TrainingConfig) -> Path:
-    """Write the settings as YAML that ``--config`` takes."""
-    path = config.output_dir / CONFIG_FILE
+def write_config(config: TrainingConfig, path: Path | None = None) -> Path:
+    """Write the settings as YAML that ``--config`` takes, to ``path`` or into the output folder."""
+    path = path or config.output_dir / CONFIG_FILE
     _write(path, yaml.safe_dump(saved_settings(config), sort_keys=False, allow_unicode=True))
     return path
 

@@ -16,6 +16,7 @@ from svft_diffusion.factors.location import parse_size
 from svft_diffusion.files.training_folder import ADAPTER_FILE, METRICS_FILE
 from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.models import resolve_base, resolve_vae
+from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.settings import settings_of
 from svft_diffusion.training.card import CARD_FILE, CONFIG_FILE
 from svft_diffusion.training.checkpoints import checkpoint_named, existing_checkpoints
@@ -200,8 +201,7 @@ def _check_numbers(config: TrainingConfig) -> None:
             raise UserError(f"--{name} must be at least 0 and below 1, got {value}")
     if config.seed >= _SEED_LIMIT:
         raise UserError(f"--seed must be below {_SEED_LIMIT}, got {config.seed}")
-    if config.resolution is not None and config.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8, got {config.resolution}")
+    check_picture_size(resolution=config.resolution)
 
 
 def _check_packages(config: TrainingConfig) -> None:

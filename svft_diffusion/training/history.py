@@ -65,12 +65,15 @@ def read_history(output_dir: Path) -> list[HistoryEntry]:
     """The history of a run, first step first.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or no such folder.
     """
+    if not output_dir.is_dir():
+        raise UserError(f"{output_dir} is no folder" if output_dir.exists() else f"no such folder: {output_dir}")
     found = history_files(output_dir)
     if not found:
         raise UserError(
-            f"no history in {output_dir}: it is written by runs of `svft-diffusion train` without --history_steps 0"
+            f"{output_dir} holds no history: give the output folder of a training run (with --history_steps 0, a run "
+            "keeps none)"
         )
     samples = sample_files(output_dir)
     numbers = {row["step"]: row for row in read_metrics(output_dir / METRICS_FILE)}

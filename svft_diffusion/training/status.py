@@ -125,4 +125,9 @@ def reason_in_one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}"
+    return without_folders(text)
+
+
+def without_folders(text: str) -> str:
+    """``text`` with files named, but not where they lie."""
     return _FOLDER.sub("", text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svft_diffusion.data.buckets import parse_sizes
-from svft_diffusion.data.captions import Captions, read_captions
+from svft_diffusion.data.captions import Captions, likely_caption_source, read_captions
 from svft_diffusion.data.class_images import given_class_pictures, read_class_prompts
 from svft_diffusion.data.concepts import Concept, read_concepts
 from svft_diffusion.data.cutting import read_mask
@@ -183,6 +183,11 @@ def folder_notes(folder: Path, found: PhotoFolder, captions: Captions) -> list[s
     known = captions.files | masks | {file.path for file in broken}
     if skipped := [file for file in found.skipped if file.path not in known]:
         notes.append("skipped: " + ", ".join(f"{file.path.name} ({file.reason})" for file in skipped))
+    if not captions.files and (source := likely_caption_source(folder, found)):
+        notes.append(
+            "captions lie beside the photos, but every photo trains with the common prompt; --caption_source "
+            f"{source} uses them"
+        )
     without = [photo.name for photo in found.photos if photo.name not in captions.by_name]
     if captions.files and without:
         notes.append(f"without a caption, so that they train with the common prompt: {', '.join(without)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -10,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import config_from_mapping, nearest_hint, settings_of
+from svft_diffusion.structured_files import read_structured
 from svft_diffusion.training.config import TrainingConfig
 
 PLACEHOLDER = "{name}"
@@ -99,19 +97,7 @@ def read_list(source: Path, shared: Mapping[str, Any], output_dir: Path) -> List
 def _items(source: Path, output_dir: Path) -> list[Any]:
     if source.is_dir():
         return _folders(source, output_dir)
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise UserError(f"can't read the list {source}: {reason}") from None
-    try:
-        if source.suffix.lower() == ".jsonl":
-            listed = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            listed = yaml.safe_load(text)  # every JSON text is YAML too
-    except (yaml.YAMLError, ValueError, RecursionError) as problem:
-        kind = "JSON lines" if source.suffix.lower() == ".jsonl" else "YAML nor JSON"
-        raise UserError(f"the list {source} is no {kind}: {' '.join(str(problem).split())}") from None
+    listed = read_structured(source, "the list")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"the list {source} must hold a list of subjects, each with a name and settings of its own")
     return listed

@@ -1,8 +1,9 @@
-"""Reading the files that say what to draw: YAML and JSON, with the line of a mistake."""
+"""Reading the files that people write: settings and lists in YAML and JSON, with the line of a mistake."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +17,36 @@ from svft_diffusion.terminal import printable
 _LARGEST_FILE = 10_000_000  # bytes
 
 Row = TypeVar("Row")
+_KEY_OR_BRACE = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}]')  # of text that is known to be JSON
 _DEEPEST = 100  # lists and mappings within each other
 _TOO_DEEP = f"lists and mappings are more than {_DEEPEST} deep in each other"
 _MOST_VALUES = 2_000_000  # each as often as YAML's aliases repeat it
 # That of libyaml, where PyYAML has it, is many times faster, but ends the program where it gets too deep.
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _RepeatedKey(ValueError):
+    """A key that stands in a mapping twice, of which YAML and JSON would take the last."""
+
+    def __init__(self, key: str, line: int) -> None:
+        super().__init__(key)
+        self.key, self.line = key, line
+
+
+class _Mapping:
+    """A mapping of YAML while its keys and values are read in turn."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+        self._key_is_next = True
+
+    def add(self, event: yaml.Event) -> None:
+        """The event that ends the next key or value. Raises `_RepeatedKey`."""
+        if self._key_is_next and isinstance(event, yaml.ScalarEvent):
+            if event.value in self._keys:
+                raise _RepeatedKey(event.value, event.start_mark.line + 1 if event.start_mark else 1)
+            self._keys.add(event.value)
+        self._key_is_next = not self._key_is_next
 
 
 def read_text(file: Path, what: str) -> str:
@@ -45,7 +71,7 @@ def read_structured(file: Path, what: str) -> Any:
     """What a YAML or JSON file holds, or a list of what the lines of a ``.jsonl`` file hold.
 
     Raises:
-        UserError: it can't be read; the message names the line.
+        UserError: it can't be read, or a key is in a mapping twice; the message names the line.
     """
     text = read_text(file, what)
     kind = {".json": "JSON", ".jsonl": "JSON"}.get(file.suffix.lower(), "YAML")
@@ -55,30 +81,60 @@ def read_structured(file: Path, what: str) -> Any:
             values = []
             for row in text.split("\n"):
                 if row.strip():
-                    values.append(json.loads(row))
+                    values.append(_parse_json(row))
                 line += 1
             return values
-        return json.loads(text) if kind == "JSON" else _parse_yaml(text)
+        if kind == "JSON" and not text.strip():
+            raise UserError(f"{what} {file} is empty")
+        return _parse_json(text) if kind == "JSON" else _parse_yaml(text)
+    except _RepeatedKey as problem:
+        raise UserError(
+            f"{what} {file}, line {line + problem.line - 1}: {printable(problem.key, 80)!r} is there twice; remove one"
+        ) from None
     except json.JSONDecodeError as problem:
         line, reason = line + problem.lineno - 1, problem.msg
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         line, reason = (mark.line + 1 if mark else 1), problem.problem or problem.context or "malformed"
     except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: no such date
-        reason = " ".join(str(problem).split())
+        # A character that YAML does not allow; its message would name the text by a name of the parser's own.
+        reason = problem.reason if isinstance(problem, yaml.reader.ReaderError) else " ".join(str(problem).split())
     raise UserError(f"{what} {file}, line {line}: no {kind}: {printable(reason, 200)}")
 
 
+def _parse_json(text: str) -> Any:
+    """Raises `ValueError` for what is no JSON or has a key twice."""
+    value = json.loads(text)
+    mappings: list[set[str]] = []  # the keys of those that begin before a place and end after it
+    for found in _KEY_OR_BRACE.finditer(text):
+        if found[0] == "{":
+            mappings.append(set())
+        elif found[0] == "}":
+            mappings.pop()
+        elif found[1] is not None:
+            key = json.loads(found[0].removesuffix(found[1]))
+            if key in mappings[-1]:
+                raise _RepeatedKey(key, text.count("\n", 0, found.start()) + 1)
+            mappings[-1].add(key)
+    return value
+
+
 def _parse_yaml(text: str) -> Any:
-    """Raises `ValueError` for what is nested too deeply or grows by aliases, `yaml.YAMLError` for what is no YAML."""
-    depth = 0
+    """Raises `ValueError` for what is nested too deeply, grows by aliases or has a key twice, `yaml.YAMLError` for what
+    is no YAML."""
+    around: list[_Mapping | None] = []  # what a place lies in; None: a list
     for event in yaml.parse(text, Loader=_YAML_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > _DEEPEST:
+            around.append(_Mapping() if isinstance(event, yaml.MappingStartEvent) else None)
+            if len(around) > _DEEPEST:
                 raise ValueError(_TOO_DEEP)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            around.pop()
+        elif not isinstance(event, yaml.NodeEvent):
+            continue  # of streams and documents
+        if around and (mapping := around[-1]) is not None:
+            mapping.add(event)
     value = yaml.load(text, Loader=_YAML_LOADER)
     _measure(value, {})
     return value
