@@ -5,13 +5,14 @@ VENV := .venv
 # Windows puts a virtual environment's programs elsewhere.
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := $(VENV)/.ready
+BROWSER_READY := $(VENV)/.browser-ready
 # The embedded model is too small to gain from more threads, and equal pictures need an equal number of them.
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 # Tests compute with one thread each; a file's tests stay together, for what they share.
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test test-slow test-fuzz test-faults lint subjects app clean
+.PHONY: help setup demo test test-slow test-browser test-fuzz test-faults lint subjects app clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -27,10 +28,20 @@ demo: setup  ## train on the five photos in samples/, compare with the base mode
 	$(BIN)/svft-diffusion demo --photos samples --output_dir outputs/demo
 
 test: setup lint  ## ruff, mypy and the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: setup  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not browser"
+
+test-browser: $(BROWSER_READY)  ## the web app in headless Chromium: what visitors see and do
+	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser
+
+# The system's Chromium where there is one, otherwise Playwright's own.
+$(BROWSER_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser-tests]"
+	for name in chromium chromium-browser google-chrome; do command -v $$name && break; done \
+		|| $(BIN)/python -m playwright install chromium
+	@touch $@
 
 test-fuzz: setup  ## every damaged and hostile adapter file that the tests can make
 	$(BIN)/python -m pytest tests/test_file_fuzz.py

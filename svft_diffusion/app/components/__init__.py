@@ -1,0 +1,1 @@
+"""Controls that Gradio does not bring along, each with its script in `assets`."""

@@ -1,0 +1,1 @@
+"""The server: starting it, who may come in, what it gives out, and its named endpoints."""

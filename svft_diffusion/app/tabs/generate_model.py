@@ -1,0 +1,121 @@
+"""The base model of a visitor: chosen from those on offer or, where the page is the owner's alone, named."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from svft_diffusion.app.components.adapter_cards import Card, with_warnings
+from svft_diffusion.app.config import AppConfig
+from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
+from svft_diffusion.markdown import plain
+from svft_diffusion.models.loading import base_display_name
+
+
+class OfferedBases:
+    """The base models of the page by what visitors call them, which tells nothing of where they lie."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self._config = config
+        self._by_label: dict[str, str] = {}
+        for base in config.bases:
+            name = label = base_display_name(base)
+            number = 2
+            while label in self._by_label:
+                label, number = f"{name} ({number})", number + 1
+            self._by_label[label] = base
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self._by_label)
+
+    def label(self, base: str) -> str:
+        """What the page calls a base model."""
+        return next((label for label, offered in self._by_label.items() if offered == base), base)
+
+    def named(self, text: str) -> str:
+        """The base model that a visitor chose or typed.
+
+        Raises:
+            UserError: it is not offered, and the page is open to others.
+        """
+        return self._by_label.get(text.strip()) or self._config.offered_base(text)
+
+
+@dataclass(frozen=True)
+class ModelPicker:
+    """What the page shows of the base model."""
+
+    name: gr.Dropdown
+    load: gr.Button
+    status: gr.Markdown
+
+
+def model_picker(context: AppContext, resolution: int) -> ModelPicker:
+    """Place it, with the first base model loaded, which draws at ``resolution``."""
+    config, bases = context.config, OfferedBases(context.config)
+    first = config.pretrained_model_name_or_path
+    with gr.Row():
+        name = gr.Dropdown(
+            bases.labels,
+            value=bases.label(first),
+            label="Base model",
+            info=None if config.open_to_others else "One of the list, a diffusers folder, a checkpoint or a Hub name",
+            allow_custom_value=not config.open_to_others,
+            elem_id="base-model",
+            scale=4,
+            min_width=180,
+        )
+        load = gr.Button("Load", size="md", elem_id="load-base", elem_classes="beside-field", scale=1, min_width=80)
+    return ModelPicker(name, load, gr.Markdown(_loaded(bases.label(first), resolution), elem_id="base-status"))
+
+
+def wire_model_picker(picker: ModelPicker, context: AppContext, shared: Shared, sizes: list[Any]) -> None:
+    """Load what is chosen.
+
+    Args:
+        sizes: width and height, which become those that the base draws at by itself.
+    """
+    page = ModelEvents(context)
+    gr.on(
+        [picker.load.click, picker.name.select],
+        page.load,
+        [picker.name, shared.cards],
+        [shared.base, picker.status, shared.cards, *sizes],
+        show_progress_on=picker.status,
+        concurrency_id=QUEUE,
+        concurrency_limit=1,
+        api_visibility="private",
+    )
+
+
+class ModelEvents:
+    """What happens when another base model is chosen."""
+
+    def __init__(self, context: AppContext) -> None:
+        self._context = context
+        self._bases = OfferedBases(context.config)
+
+    @shows_user_errors
+    def load(self, text: str | None, cards: list[Card]) -> list[Any]:
+        """Load the base model; adapters that do not fit it leave."""
+        base = self._bases.named(text or "")
+        resolution = self._context.studio.open_base(base)
+        kept = self._fitting(cards, base)
+        status = _loaded(self._bases.label(base), resolution)
+        return [base, status, gr.skip() if kept == (cards or []) else kept, resolution, resolution]
+
+    def _fitting(self, cards: list[Card], base: str) -> list[Card]:
+        judged = with_warnings(cards, self._context.library, base, self._context.studio.on_mismatch)
+        left = [str(card.get("name")) for card in judged if card["warning"]]
+        if left:
+            names = html.escape(", ".join(left), quote=False)
+            gr.Warning(f"Removed, because they don't fit this base model: {names}")
+        return [card for card in judged if not card["warning"]]
+
+
+def _loaded(label: str, resolution: int) -> str:
+    return f"Loaded: {plain(label)}, {resolution} x {resolution} pixels"

@@ -1,0 +1,82 @@
+"""Training in a browser: from photos to an adapter on Generate, also for those who leave the page in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+SAMPLES = Path(__file__).parent.parent.parent / "samples"
+PHONE = {"width": 390, "height": 844}
+STATUS = "#training-status"
+
+
+def open_train(page: Any) -> None:
+    """The tab, as a visitor who can't use a mouse gets to it."""
+    page.get_by_role("tab", name="Train", exact=True).press("Enter")
+    page.wait_for_selector("#training-start", state="visible")
+
+
+def status_has(page: Any, words: str, seconds: float) -> str:
+    """The words of the status once they hold these."""
+    page.wait_for_function(
+        "([place, words]) => document.querySelector(place)?.innerText.includes(words)",
+        arg=[STATUS, words],
+        timeout=seconds * 1000,
+    )
+    return str(page.inner_text(STATUS))
+
+
+def fill_in(page: Any, photos: list[str]) -> None:
+    """The three steps."""
+    page.set_input_files("#training-photos input[type=file]", photos)
+    page.wait_for_selector("#training-sheet img", timeout=60_000)
+    assert "5 photos can be used" in page.inner_text("#training-photo-notes")
+    page.get_by_label("Kind of thing").fill("robot")
+    page.wait_for_selector("#training-prompts >> text=a photo of sks robot")
+    page.get_by_label("Quick").check()
+
+
+def test_an_error_leaves_the_form_as_it_is(page: Any, problems: list[str]) -> None:
+    open_train(page)
+    page.get_by_label("Kind of thing").fill("<img src=x onerror=alert(1)>")
+    page.get_by_label("Thorough").check()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_selector(".toast-wrap >> text=without < and >", timeout=20_000)
+    assert page.get_by_label("Kind of thing").input_value() == "<img src=x onerror=alert(1)>"
+    assert page.get_by_label("Thorough").is_checked()
+    assert not page.is_visible("#training-panel")
+
+
+def test_from_photos_to_an_adapter(page: Any, new_page: Callable[..., Any], server: Any) -> None:
+    open_train(page)
+    fill_in(page, sorted(str(path) for path in SAMPLES.iterdir() if path.suffix in (".png", ".txt")))
+    page.get_by_role("button", name="Start training").click()
+    status_has(page, "of 150", 60)
+    status_has(page, "Training: step", 300)
+    page.wait_for_selector("#training-samples img")
+
+    # Who comes back, and who comes from elsewhere, sees it within two seconds from the page's being there.
+    page.reload()
+    page.wait_for_selector("#title")
+    open_train(page)
+    began = time.monotonic()
+    status_has(page, "of 150", 30)
+    assert time.monotonic() - began < 2
+    phone = new_page(viewport=PHONE)
+    phone.goto(server.address)
+    phone.wait_for_selector("#title")
+    open_train(phone)
+    status_has(phone, "Training: step", 10)
+    assert phone.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+    phone.get_by_role("button", name="Stop", exact=True).click()
+    assert "after step" in status_has(page, "Stopped", 60)
+    page.get_by_role("button", name="Use this step").click()
+    page.wait_for_selector("#adapter-cards >> text=sks", state="visible", timeout=20_000)
+    assert page.get_by_role("tab", name="Generate", exact=True).get_attribute("aria-selected") == "true"
