@@ -85,4 +85,4 @@ def _check_at_once(given: Mapping[str, Any], matrix: Path | None) -> None:
         except ValueError:
             continue  # no possible name, as whoever opens it will say
         if not is_there and not re.fullmatch(r"[-+.\d]+", text):  # no weight that lost its file, which is told so
-            raise UserError(f"there is no adapter {printable(text, 200)}")
+            raise UserError(f"can't read the adapter {printable(text, 200)}: No such file or directory")

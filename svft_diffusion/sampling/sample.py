@@ -245,9 +245,9 @@ class _Work:
         shares = list(self._share(finished, process))
         made = 0
         total = sum(len(missing) for _, batches in shares for _, missing in batches)
-        pause = 0.1 if sys.stderr.isatty() else _PAUSE_IN_FILES
+        delay, pause = (0, 0.1) if sys.stderr.isatty() else (_PAUSE_IN_FILES, _PAUSE_IN_FILES)
         with tqdm(
-            total=total, desc="drawing", unit="picture", mininterval=pause, delay=pause,
+            total=total, desc="drawing", unit="picture", mininterval=pause, delay=delay,
             disable=not process.is_first or not total,
         ) as progress:  # fmt: skip
             for row, batches in shares:

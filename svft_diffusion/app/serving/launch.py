@@ -21,6 +21,7 @@ from svft_diffusion.app.serving.served import blocked_paths
 from svft_diffusion.app.shelf.library import Library
 from svft_diffusion.errors import UserError
 from svft_diffusion.factors import use_cache
+from svft_diffusion.files import read_adapter
 from svft_diffusion.models.loading import resolve_base
 from svft_diffusion.sampling.adapter_choice import file_label, parse_adapter_choice
 from svft_diffusion.sampling.devices import resolve_device
@@ -63,6 +64,7 @@ def _first_cards(config: AppConfig, library: Library) -> list[dict[str, Any]]:
     cards: list[dict[str, Any]] = []
     for text in config.adapter:
         choice = parse_adapter_choice(text)
+        read_adapter(choice.file)  # whose errors tell of files, those of the library of uploads
         cards = with_card(cards, library.add(choice.file, file_label(choice.file)), choice.weight)
     chosen_adapters(cards, library, config.pretrained_model_name_or_path, cast(OnMismatch, config.on_mismatch))
     return cards
