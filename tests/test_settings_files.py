@@ -103,7 +103,10 @@ def test_setting_of_which_the_last_word_is_near() -> None:
         (["--prompt", "a", "--width", "1000000000"], "error: --width must be at most 16384; got 1000000000"),
         (["--prompt", " "], "error: a --prompt is empty"),
         (["--prompt", "a", "--num_images", "0"], "error: --num_images must be at least 1, got 0"),
-        (["--prompt", "a", "--adapter", "nowhere/x:y.png:0.5"], "error: there is no adapter nowhere/x:y.png:0.5"),
+        (
+            ["--prompt", "a", "--adapter", "nowhere/x:y.png:0.5"],
+            "error: can't read the adapter nowhere/x:y.png:0.5: No such file or directory",
+        ),
     ],
 )
 def test_what_is_wrong_at_once_is_told_before_the_imports(arguments: list[str], problem: str) -> None:
