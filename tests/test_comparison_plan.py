@@ -99,6 +99,31 @@ def test_a_rate_that_diverges_on_one_subject_is_not_taken(tmp_path: Path) -> Non
     assert search.scores == {0.003: 0.003, 0.01: 0.01, 0.03: None} and search.best == 0.01 and not search.best_at_edge
 
 
+def test_more_subjects_decide_between_the_best_rates(tmp_path: Path) -> None:
+    plan = Plan(CompareConfig(methods=["LoRA"], num_subjects=1, num_seeds=1, second_best=0, lr_finalists=2))
+    rows = Rows(tmp_path)
+
+    def quality(row: Row) -> float:
+        if row.subject.number < 102:  # chance: what is best there is not in the long run
+            return {0.003: 0.1, 0.01: 0.6, 0.03: 0.5}[row.learning_rate]
+        return {0.01: 0.2, 0.03: 0.8}[row.learning_rate]  # 0.003 comes in no finals
+
+    answer(plan, rows, quality)
+    search = plan.search(plan.entries[0], rows)
+    assert search.scores == {0.003: 0.1, 0.01: 0.6, 0.03: 0.5}
+    assert search.final_scores == pytest.approx({0.01: 0.2 * 4 / 6 + 0.6 / 3, 0.03: 0.8 * 4 / 6 + 0.5 / 3})
+    assert search.best == 0.03 and len(search.rows) == 3 * 2 + 2 * 4
+    assert len(plan.all_rows(rows)) == plan.number_of_rows() == 14 + 1
+
+
+def test_without_finals_the_first_subjects_decide(tmp_path: Path) -> None:
+    plan = Plan(CompareConfig(methods=["LoRA"], num_subjects=1, num_seeds=1, second_best=0, lr_finalists=1))
+    rows = Rows(tmp_path)
+    answer(plan, rows, lambda row: 1 - abs(row.learning_rate - 0.01))
+    search = plan.search(plan.entries[0], rows)
+    assert search.best == 0.01 and search.final_scores == {} and len(search.rows) == 6 == plan.number_of_rows() - 1
+
+
 def test_rates_are_searched_on_other_subjects(tmp_path: Path) -> None:
     plan = Plan(CompareConfig(methods=TWO, num_subjects=3, num_seeds=2, second_best=0))
     rows = Rows(tmp_path)

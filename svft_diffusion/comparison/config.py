@@ -44,6 +44,8 @@ class CompareConfig:
         2, "while the best rate is the first or the last, try so many beyond, alike for everybody", group=_SEARCH
     )
     search_subjects: int = setting(2, "other subjects that they are tried on", group=_SEARCH)
+    lr_finalists: int = setting(3, "how many of the best rates are tried on more subjects", group=_SEARCH)
+    final_search_subjects: int = setting(6, "on so many in all; the best there is taken", group=_SEARCH)
 
     output_dir: Path = setting(Path("outputs/comparison"), "rows and report; the same again goes on", group=_WORK)
     max_hours: float | None = setting(None, "begin no more rows after so many hours", group=_WORK)
@@ -67,7 +69,8 @@ class CompareConfig:
 
 _AT_LEAST_ONE = (
     "budget", "second_budget", "num_subjects", "num_seeds", "max_train_steps", "train_batch_size", "num_class_images",
-    "num_images", "num_inference_steps", "search_subjects", "threads",
+    "num_images", "num_inference_steps", "search_subjects", "lr_finalists",
+    "final_search_subjects", "threads",
 )  # fmt: skip
 _AT_LEAST_ZERO = ("second_best", "lr_extensions", "guidance_scale")
 _MOST_SUBJECTS = 100  # from there on they are those of the search
@@ -90,6 +93,11 @@ def check_config(config: CompareConfig) -> None:
     if not factors or any(not 0 < factor < float("inf") for factor in factors) or sorted(set(factors)) != factors:
         raise UserError(
             f"--lr_factors must be numbers above 0 that rise, got {' '.join(f'{one:g}' for one in factors)}"
+        )
+    if config.final_search_subjects < config.search_subjects:
+        raise UserError(
+            f"--final_search_subjects must be at least --search_subjects, {config.search_subjects}; "
+            f"got {config.final_search_subjects}"
         )
     if len(factors) == 1 and config.lr_extensions:
         raise UserError(

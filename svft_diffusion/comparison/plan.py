@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from svft_diffusion.comparison.config import CompareConfig
 from svft_diffusion.comparison.methods import Method
@@ -49,14 +49,16 @@ class Search:
     """How the learning rate of an entry was, or is being, found.
 
     Attributes:
-        scores: mean score of each rate that was tried on all subjects; None where training diverged.
+        scores: mean score of each rate on the first subjects; None where training diverged.
         rows: all that it needs as far as is known.
         best: the rate, once it is settled.
+        final_scores: mean score of the best few rates on all subjects of the search.
     """
 
     scores: dict[float, float | None]
     rows: list[Row]
     best: float | None
+    final_scores: dict[float, float | None] = field(default_factory=dict)
 
     @property
     def best_at_edge(self) -> bool:
@@ -106,20 +108,31 @@ class Plan:
         extensions = 0
         while True:
             rates = {factor: _rate(start, factor) for factor in factors}
-            tried = {rate: self._rows_of_search(entry, rate) for rate in rates.values()}
-            every = [row for of_rate in tried.values() for row in of_rate]
+            tried = {rate: self._rows_of_search(entry, rate, config.search_subjects) for rate in rates.values()}
             scores = {rate: _mean_score(rows, of_rate) for rate, of_rate in tried.items() if rows.have(of_rate)}
             if len(scores) < len(tried):
-                return Search(scores, every, None)
+                return Search(scores, _joined(tried), None)
             worth = {factor: _or_worst(scores[rate]) for factor, rate in rates.items()}
             best = max(factors, key=worth.__getitem__)  # of equals, the smallest
             if extensions == config.lr_extensions or best not in (factors[0], factors[-1]):
-                return Search(scores, every, rates[best])
+                return self._finals(entry, rows, scores, _joined(tried))
             extensions += 1
             if best == factors[-1]:
                 factors.append(best * (factors[-1] / factors[-2]))
             else:
                 factors.insert(0, best * (factors[0] / factors[1]))
+
+    def _finals(self, entry: Entry, rows: Rows, scores: dict[float, float | None], first: list[Row]) -> Search:
+        """A few subjects tell which rates are poor, but not which of the good ones is best: more decide on these."""
+        finalists = sorted(scores, key=lambda rate: (-_or_worst(scores[rate]), rate))[: self.config.lr_finalists]
+        if len(finalists) == 1:
+            return Search(scores, first, finalists[0])
+        tried = {rate: self._rows_of_search(entry, rate, self.config.final_search_subjects) for rate in finalists}
+        every = list({row.key: row for row in (*first, *_joined(tried))}.values())
+        final = {rate: _mean_score(rows, of_rate) for rate, of_rate in tried.items() if rows.have(of_rate)}
+        if len(final) < len(tried):
+            return Search(scores, every, None, final)
+        return Search(scores, every, max(sorted(final), key=lambda rate: _or_worst(final[rate])), final)
 
     def rows_of(self, entry: Entry, rate: float) -> dict[tuple[ComparedSubject, int], Row]:
         """An entry's rows by subject and seed. The base model is the same with every seed."""
@@ -161,7 +174,9 @@ class Plan:
         second = min(config.second_best + (REFERENCE in self._smaller), len(self._smaller))
         trained = sum(entry.method.trains for entry in self.entries) + second
         untrained = len(self.entries) - (trained - second)
-        of_search = len(searching) * len(config.lr_factors) * config.search_subjects
+        finalists = min(config.lr_finalists, len(config.lr_factors))
+        of_finals = finalists * (config.final_search_subjects - config.search_subjects) if finalists > 1 else 0
+        of_search = len(searching) * (len(config.lr_factors) * config.search_subjects + of_finals)
         return of_search + config.num_subjects * (trained * config.num_seeds + untrained)
 
     def _best_few(self, rates: Mapping[Entry, float], rows: Rows) -> list[Entry]:
@@ -205,8 +220,8 @@ class Plan:
             self._sizes[key] = method.count_bytes(self._models, self.config.targets)
         return self._sizes[key]
 
-    def _rows_of_search(self, entry: Entry, rate: float) -> list[Row]:
-        return [self._row(entry.method, rate, subject, 0) for subject in search_subjects(self.config.search_subjects)]
+    def _rows_of_search(self, entry: Entry, rate: float, subjects: int) -> list[Row]:
+        return [self._row(entry.method, rate, subject, 0) for subject in search_subjects(subjects)]
 
     def _row(self, method: Method, rate: float, subject: ComparedSubject, seed: int) -> Row:
         return Row(method, rate, self.config.effort, subject, seed)
@@ -219,6 +234,10 @@ def _grows(entry: Entry) -> bool:
 def _rate(start: float, factor: float) -> float:
     """Rounded, so that ways to compute it don't differ."""
     return float(f"{start * factor:.3g}")
+
+
+def _joined(tried: Mapping[float, list[Row]]) -> list[Row]:
+    return [row for of_rate in tried.values() for row in of_rate]
 
 
 def _mean_score(rows: Rows, wanted: Sequence[Row]) -> float | None:

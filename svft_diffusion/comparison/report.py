@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def _content(plan: Plan, rows: Rows, lines: list[Line]) -> dict[str, Any]:
             "factors": plan.config.lr_factors,
             "extensions": plan.config.lr_extensions,
             "subjects": plan.config.search_subjects,
+            "finalists": plan.config.lr_finalists,
+            "final_subjects": plan.config.final_search_subjects,
         },
         "budgets": plan.budgets,
         "scale": {
@@ -136,7 +139,8 @@ def _facts(report: dict[str, Any]) -> str:
         f"{effort['targets']} of denoiser and text encoder; {6 * effort['pictures']} pictures of each row, "
         f"{effort['inference_steps']} denoising steps. Everybody's learning rate was looked for alike, at "
         f"{' '.join(f'{factor:g}' for factor in search['factors'])} times its usual one and up to "
-        f"{search['extensions']} times beyond, on {search['subjects']} other subjects. "
+        f"{search['extensions']} times beyond, on {search['subjects']} other subjects, the best "
+        f"{search['finalists']} rates on {search['final_subjects']}. "
         f"{report['rows']['measured']} rows, {report['hours']:.1f} hours of one process with {report['threads']} CPU "
         f"thread(s) on {of_machine['processor']} "
         f"({of_machine['system']}), torch {of_machine['torch']}, diffusers {of_machine['diffusers']}, "
@@ -227,14 +231,18 @@ def _rates(lines: list[Line]) -> str:
         [
             line.name,
             f"{line.learning_rate:g}" + (" (at the edge)" if line.best_rate_at_edge else ""),
-            ", ".join(
-                f"{rate:g}: {'diverged' if score is None else f'{score:.3f}'}"
-                for rate, score in sorted(line.rates_tried.items())
-            ),
+            _scores_of(line.rates_tried),
+            _scores_of(line.rates_in_finals),
         ]
         for line in {line.name: line for line in reversed(searched)}.values()
     ]
-    return "## Learning rates\n\n" + table(["method", "taken", "quality on the other subjects"], reversed(rows))
+    return "## Learning rates\n\n" + table(["method", "taken", "quality at first", "in the finals"], reversed(rows))
+
+
+def _scores_of(rates: Mapping[float, float | None]) -> str:
+    return ", ".join(
+        f"{rate:g}: {'diverged' if score is None else f'{score:.3f}'}" for rate, score in sorted(rates.items())
+    )
 
 
 def _left_out(report: dict[str, Any], lines: list[Line]) -> str:

@@ -48,6 +48,7 @@ class Line:
     bytes: int
     learning_rate: float
     rates_tried: dict[float, float | None]
+    rates_in_finals: dict[float, float | None]
     best_rate_at_edge: bool
     scores: dict[str, Mean]
     costs: dict[str, float]
@@ -58,7 +59,8 @@ class Line:
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
         plain = dataclasses.asdict(self)
-        plain["rates_tried"] = {f"{rate:g}": score for rate, score in self.rates_tried.items()}
+        for name in ("rates_tried", "rates_in_finals"):
+            plain[name] = {f"{rate:g}": score for rate, score in plain[name].items()}
         return plain
 
 
@@ -89,6 +91,7 @@ def _line(
         bytes=entry.bytes,
         learning_rate=rate,
         rates_tried=search.scores,
+        rates_in_finals=search.final_scores,
         best_rate_at_edge=entry.budget != SECOND and search.best_at_edge,
         scores={score: _mean(list(values.values())) for score, values in own.items() if values},
         costs={cost: mean for cost in COSTS if (mean := _mean_cost(cost, wanted, rows)) is not None},
