@@ -377,8 +377,8 @@ def test_what_is_no_use_is_refused(value: object, said: str) -> None:
 def test_tags_leave_the_prompt() -> None:
     assert split_prompt("a dog  here") == ("a dog  here", {})
     assert split_prompt("a <adapter:my dog:0.8> dog<adapter:cat>") == ("a dog", {"my dog": 0.8, "cat": 1.0})
-    found = split_prompt("<ADAPTER:dog:unet=0.5,te=-0.2> a <lora:x:1>")
-    assert found == ("a <lora:x:1>", {"dog": {"unet": 0.5, "text_encoder": -0.2}})
+    found = split_prompt("<ADAPTER:dog:unet=0.5,te=-0.2> a <3 lora:x:1>")
+    assert found == ("a <3 lora:x:1>", {"dog": {"unet": 0.5, "text_encoder": -0.2}})
 
 
 @pytest.mark.parametrize(
@@ -393,6 +393,8 @@ def test_tags_leave_the_prompt() -> None:
         ("<adapter:dog:1> <adapter:dog:2>", "twice"),
         ("a dog <adapter:dog", "<adapter:dog: a tag has no end; write <adapter:dog:0.8>"),
         ("<Adapter:dog:1 <adapter:cat:1> here", "<Adapter:dog:1 .*here: a tag has no end"),
+        ("a dog <lora:my dog:0.7>", "<lora:my dog:0.7>: adapters are named as in <adapter:dog:0.8>"),
+        ("<Lyco:dog>", "<Lyco:dog>: adapters are named"),
         ("<adapter:dog:>", "the weight after the last colon is missing"),
         ("<adapter:dog: >", "the weight after the last colon is missing"),
     ],
@@ -403,7 +405,7 @@ def test_wrong_tags_are_refused(prompt: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["<adapter:", "<", "<adapter:a:1> ", "<adapter:a:unet=1,", ":", "<adapter:<adapter:x>"]
+    "piece", ["<adapter:", "<lora:", "<", "<adapter:a:1> ", "<adapter:a:unet=1,", ":", "<adapter:<adapter:x>"]
 )
 def test_a_hostile_prompt_takes_no_time(piece: str) -> None:
     prompt = (piece * 100_000)[:100_000]

@@ -11,6 +11,7 @@ from svft_diffusion.sampling.weight_text import component_weights, weight_number
 # No part of a tag holds an angle bracket: a search that fails gives up at the next one, and never goes back.
 _TAG = re.compile(r"<adapter:([^<>]*)>", re.IGNORECASE)
 _WITHOUT_END = re.compile(r"<adapter:[^<>]*", re.IGNORECASE)
+_OF_OTHER_TOOLS = re.compile(r"<(?:lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
 _EXAMPLE = "<adapter:dog:0.8> or <adapter:dog:unet=0.5,te=0.2>"
 
 
@@ -22,9 +23,14 @@ def split_prompt(text: str) -> tuple[str, dict[str, AdapterWeight]]:
     it is.
 
     Raises:
-        UserError: a tag without an end or a name, a weight that is missing or no number, an adapter named twice, two
-            numbers without names, of which tools disagree which is the text encoder's.
+        UserError: another tool's tag for a LoRA, a tag without an end or a name, a weight that is missing or no number,
+            an adapter named twice, two numbers without names, of which tools disagree which is the text encoder's.
     """
+    if other := _OF_OTHER_TOOLS.search(text):  # the text encoder would read it as words
+        raise UserError(
+            f"{_short(other[0])}: adapters are named as in {_EXAMPLE}; "
+            "`svft-diffusion import` makes one of a LoRA's file"
+        )
     weights: dict[str, AdapterWeight] = {}
     for found in _TAG.finditer(text):
         name, weight = _parse_tag(found[0], found[1])
