@@ -31,6 +31,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("methods")
 
 
+@pytest.mark.parametrize(
+    "name", [one.name for one in QUESTIONS["methods"].contenders if isinstance(one.ladder[0], PeftMethod)]
+)
+def test_every_method_of_peft_begins_at_the_base_model(name: str) -> None:
+    contender = next(one for one in QUESTIONS["methods"].contenders if one.name == name)
+    method = contender.ladder[min(2, len(contender.ladder) - 1)]
+    assert isinstance(method, PeftMethod)
+    model = load_pipeline(EMBEDDED_MODEL).text_encoder
+    words = torch.tensor([[5, 7, 11, 2]])
+    with torch.no_grad():
+        before = model(words).last_hidden_state
+        added = method._add(TrainingConfig(targets="attention", max_train_steps=100), {"text_encoder": model})
+        after = model(words).last_hidden_state
+    assert added
+    assert torch.dist(before, after) < 1e-4 * before.norm()
+
+
 QUICK = ("SVFT plain", "LoRA", "textual inversion", "full fine-tuning")
 NAMES = [one.name for one in QUESTIONS["methods"].contenders if one.name != "base model"]
 

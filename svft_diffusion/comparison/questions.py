@@ -101,7 +101,11 @@ _OTHERS = (
     Contender("BOFT", _peft("BOFT", *({"boft_block_size": size} for size in _POWERS)), 1e-2),
     Contender(
         "FourierFT",
-        _peft("FourierFT", *({"n_frequency": count} for count in (50, 100, 200, 350, 700, 1400, 2800))),
+        # PEFT's default begins at random values, which in layers this small leave nothing of the base model.
+        _peft(
+            "FourierFT",
+            *({"n_frequency": count, "init_weights": True} for count in (50, 100, 200, 350, 700, 1400, 2800)),
+        ),
         1e-1,
     ),
     Contender("LoHa", _peft("LoHa", *({"r": r, "alpha": r} for r in _RANKS)), _LORA_RATE),
