@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 
 from svft_diffusion.app.config import AppConfig  # noqa: E402
+from svft_diffusion.app.serving.api import _endpoint  # noqa: E402
 from svft_diffusion.app.serving.launch import build_app, launch  # noqa: E402
 from svft_diffusion.cli.main import run_command  # noqa: E402
 from svft_diffusion.sampling.png import read_png_settings  # noqa: E402
@@ -26,6 +28,7 @@ from svft_diffusion.sampling.sample import SamplingConfig, sample  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STEPS = 2
+VISITOR = httpx.Client(timeout=60)  # one for all: each reads the certificates of this machine anew
 ENDPOINTS = {
     "/generate",
     "/list_adapters",
@@ -147,7 +150,7 @@ def test_pictures_are_kept_with_their_settings(app: RunningApp) -> None:
         "a red robot", weights={"dog": -1.0}, num_inference_steps=STEPS, width=32, height=16, api_name="/generate"
     )
     (new,) = set(app.config.output_dir.iterdir()) - before
-    assert new.read_bytes() == Path(picture["image"]).read_bytes()
+    assert new.read_bytes() == Path(picture["image"]).read_bytes() and picture["blacked_out"] is False
     settings = read_png_settings(new)
     assert settings["prompt"] == "a red robot" and settings["seed"] == 0
     assert [(adapter["name"], adapter["weight"]) for adapter in settings["adapters"]] == [("dog", -1.0)]
@@ -157,7 +160,7 @@ def test_pictures_are_kept_with_their_settings(app: RunningApp) -> None:
 def test_the_library_says_what_fits(app: RunningApp) -> None:
     client = app.client()
     bases = client.predict(api_name="/list_bases")
-    assert bases == [str(app.models.base), str(app.models.other_base)]
+    assert bases == [app.models.base.name, app.models.other_base.name]  # and not where they lie
     own = {one["name"]: one for one in client.predict(api_name="/list_adapters")}
     assert set(own) == {"dog", "style"} and all(one["problem"] is None for one in own.values())
     assert own["dog"]["trigger"] == "sks" and own["dog"]["strength_range"] == [0.0, 1.0]
@@ -207,20 +210,33 @@ def test_errors_name_the_cause_and_leave_the_client_where_it_was(app: RunningApp
     assert generate(client) == before
 
 
+def test_what_no_endpoint_takes_is_told_by_its_name() -> None:
+    def handler(seed: int = 0) -> None:
+        raise AssertionError("not reached")
+
+    for arguments, said in ((["x"], "seed: input should be a valid integer"), ([1, 2], "one argument too many: ")):
+        with pytest.raises(gradio.Error, match=said):
+            _endpoint(handler)(*arguments)
+
+
 def call(app: RunningApp, endpoint: str, *arguments: Any) -> str:
     """What a program hears that speaks HTTP without the client."""
     address = f"{app.address}gradio_api/call{endpoint}"
-    event = httpx.post(address, json={"data": list(arguments)}).json()["event_id"]
-    return httpx.get(f"{address}/{event}", timeout=60).text
+    event = VISITOR.post(address, json={"data": list(arguments)}).json()["event_id"]
+    return VISITOR.get(f"{address}/{event}").text
 
 
 def test_files_of_the_server_are_no_photos(app: RunningApp) -> None:
-    photo = next(app.config.output_dir.glob("*.png"))
+    photo = Path(shutil.copy(ROOT / "samples" / "01.png", app.config.output_dir))
+    others = ("dog", "sks", "quick", "")  # of HTTP, all inputs are wanted
     for path in (photo, ROOT / "samples" / "01.png", "/etc/passwd", "../samples/01.png", "http://127.0.0.1:1/a.png"):
         for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
-            answer = call(app, "/start_training", "x", [{"path": str(path)} | meta], "dog")
+            answer = call(app, "/start_training", "x", [{"path": str(path)} | meta], *others)
             assert "event: error" in answer and "event: complete" not in answer
-    assert "event: error" in call(app, "/start_training", "x", [{"url": "http://127.0.0.1:1/a.png"}], "dog")
+    assert "event: error" in call(app, "/start_training", "x", [{"url": "http://127.0.0.1:1/a.png"}], *others)
+    for not_uploaded in ("/etc/passwd", str(photo)):
+        assert "handle_file(PATH)" in call(app, "/start_training", "x", [not_uploaded], *others)
+    assert "photos: input should be a valid list" in call(app, "/start_training", "x", "/etc/passwd", *others)
     assert app.client().predict(api_name="/training_status") == []
 
 
@@ -255,15 +271,19 @@ def test_the_example_of_the_documentation_runs(
     assert re.search(r"^(running|queued) \d+ of \d+", printed, flags=re.MULTILINE)
     assert "sks fits" in printed and len(names["pictures"]) == 2
     assert names["job"]["name"] == "my robot" and names["job"]["notes"] == []
+    assert names["job"]["base"] == app.models.base.name
     settings = (app.config.training_dir / names["job"]["id"] / "config.yaml").read_text(encoding="utf-8")
     assert "a photo of sks robot" in settings
     photos = app.config.training_dir / names["job"]["id"] / "photos"
+    stopped = names["stopped"]
+    assert (stopped["state"], stopped["stopping"]) in (("running", True), ("stopped", False), ("removed", False))
     assert photos.is_dir() is False or len(list(photos.glob("*.png"))) == 5  # gone if it was stopped in the queue
 
 
 def test_bad_start_is_one_line(app: RunningApp, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--pretrained_model_name_or_path", str(app.models.base), "--output_dir", str(tmp_path / "pictures")]
-    base += ["--adapters_dir", str(tmp_path / "adapters")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        base += ["--adapters_dir", str(tmp_path / "adapters"), "--server_port", str(free.getsockname()[1])]
     cases = [
         (["--adapter", str(app.models.foreign)], "was trained on the base"),
         (["--adapter", f"{app.models.dog}:50"], "-10"),

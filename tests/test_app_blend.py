@@ -145,6 +145,21 @@ def test_nothing_is_ever_overwritten(world: World) -> None:
     assert len(list(world.context.config.uploads_dir.iterdir())) == len(names)
 
 
+def test_a_name_that_is_not_used_is_told(world: World) -> None:
+    chosen = world.chosen(world.cards(rex=0.7, cat=0.4))
+
+    def said(name: str, title: str = "one") -> str:
+        return save_blend(world.context, world.base, chosen, name, BlendFacts(title=title))[1][0].rpartition(",")[0]
+
+    assert said("../../evil") == (
+        "in the library as evil, not as '../../evil': names have letters, digits, _ and - alone"
+    )
+    assert said("other") == "the same adapter is in the library already, as evil; the name 'other' was not used"
+    assert said("") == said("evil") == "the same adapter is in the library already, as evil"
+    assert said("evil", "two") == "in the library as evil-2, not as 'evil': evil was taken"
+    assert said("plain", "three") == "in the library as plain"
+
+
 def test_what_has_no_blend_says_why_and_leaves_nothing(world: World, tmp_path: Path) -> None:
     both = world.cards(rex=1.0, cat=1.0)
     off = [{**card, "on": False} for card in both]
@@ -248,29 +263,38 @@ def test_the_blend_takes_the_place_of_its_parts_and_gives_it_back(world: World) 
     saved, replace, result, _ = events.save(world.base, cards, "both", " ", "")
     assert replace.interactive and "in the library as both" in result.value
     assert world.context.library.get(saved).header.trigger == "sks"
-    blended, before, bring_back = events.replace_cards(saved, cards)
+    blended, before, bring_back = events.replace_cards(saved, cards, [])
     assert [(card["name"], card["weight"]) for card in blended] == [("both", 1.0)] and bring_back.interactive
-    assert events.bring_back(before)[0] == cards
+    _, before, _ = events.replace_cards(saved, blended, before)  # pressed again
+    last, before, bring_back = events.bring_back(before)
+    assert last == blended and bring_back.interactive
+    first, before, bring_back = events.bring_back(before)
+    assert first == cards and not bring_back.interactive
+    with pytest.raises(gradio.Error, match="nothing to bring back"):
+        events.bring_back(before)
     for gone in (None, "0" * 16, "../x"):
         with pytest.raises(gradio.Error):
-            events.replace_cards(gone, cards)
+            events.replace_cards(gone, cards, [])
 
 
 def test_one_picture_is_drawn_at_the_weights(world: World) -> None:
     events = BlendEvents(world.context)
     cards = world.cards(rex=0.7, cat=0.4)
-    shown = list(events.draw(world.base, cards, "a sks dog", 3, 2, 4.0))
-    assert shown[0][0]["total"] == 2 and shown[-1][0] is None
-    request = PictureRequest(world.base, "a sks dog", tuple(world.chosen(cards)), seed=3, num_inference_steps=2)
+    seed = 2**53 + 1  # which no number field of a page holds
+    shown = list(events.draw(world.base, cards, "a sks dog", str(seed), 2, 4.0))
+    assert shown[0][0]["total"] == 2 and shown[-1][:2] == (None, "")
+    request = PictureRequest(world.base, "a sks dog", tuple(world.chosen(cards)), seed=seed, num_inference_steps=2)
     (expected,) = (event for event in world.context.studio.draw(request) if isinstance(event, SavedPicture))
-    assert Image.open(shown[-1][1]).tobytes() == Image.open(expected.path).tobytes()
+    assert Image.open(shown[-1][2]).tobytes() == Image.open(expected.path).tobytes()
     for prompt, seed, steps, message in (
-        ("", 0, 2, "write a prompt"),
-        ("a <adapter:rex:0.5> dog", 0, 2, "those of the pad"),
-        ("a dog", None, 2, "the seed is missing"),
-        ("a dog", float("nan"), 2, "the seed is missing"),
-        ("a dog", -1, 2, "seed"),
-        ("a dog", 0, None, "number of steps is missing"),
+        ("", "0", 2, "write a prompt"),
+        ("a <adapter:rex:0.5> dog", "0", 2, "those of the pad"),
+        ("a dog", None, 2, "the seed must be a whole number"),
+        ("a dog", "nan", 2, "the seed must be a whole number"),
+        ("a dog", "-1", 2, "the seed must be between"),
+        ("a dog", "0", None, "number of steps is missing"),
+        ("a dog", "0", float("nan"), "number of steps is missing"),
+        ("a dog", "0", 0, "the number of steps must be between"),
     ):
         with pytest.raises(gradio.Error, match=message):
             list(events.draw(world.base, cards, prompt, seed, steps, 4.0))

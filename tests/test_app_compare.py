@@ -37,6 +37,7 @@ from svft_diffusion.app.tabs import compare  # noqa: E402
 from svft_diffusion.app.tabs.compare import CompareEvents  # noqa: E402
 from svft_diffusion.app.tabs.evaluation import EvaluationEvents, status_html  # noqa: E402
 from svft_diffusion.errors import UserError  # noqa: E402
+from svft_diffusion.evaluation.config import EvaluationConfig  # noqa: E402
 from svft_diffusion.evaluation.report import EvaluationReport, ScoredRow, SubjectFacts, write_report  # noqa: E402
 from svft_diffusion.sampling.adapter_choice import check_adapter, sha256_of  # noqa: E402
 from svft_diffusion.sampling.png import read_png_settings  # noqa: E402
@@ -154,6 +155,38 @@ def test_what_cannot_be_compared_is_told_before_anything_is_drawn(context: AppCo
     assert set(context.studio.output_dir.iterdir()) == before
 
 
+def test_blacked_out_sides_are_not_called_the_same_alone(
+    context: AppContext, models: ModelsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with context.studio.with_adapters(str(models.base), ()) as pipeline:
+        hide = lambda image, *_: (torch.zeros_like(image), [True])  # noqa: E731
+        monkeypatch.setattr(pipeline, "run_safety_checker", hide, raising=False)
+    updates = drawn(context, ("base", None), (context.library.by_name("dog").id, 1.0))
+    (text,) = (update[6] for update in updates if isinstance(update[6], str))
+    assert text.endswith("are the same, bit for bit. A and B were blacked out by the safety checker.")
+
+
+def test_a_picture_that_is_gone_is_named_without_its_folder(context: AppContext) -> None:
+    pairs = pairs_of(drawn(context, ("base", None), ("base", None)))
+    file = Path(pairs[0][1])
+    file.unlink()
+    with pytest.raises(gradio.Error, match=file.name) as caught:
+        CompareEvents(context).look_at(pairs, "5")
+    assert str(file.parent) not in caught.value.message
+
+
+def test_numbers_out_of_range_are_told_by_their_names(context: AppContext) -> None:
+    """Limits of number fields would be told of as those of "the value"."""
+    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare"):
+        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([])))
+    limited = [
+        block.elem_id
+        for block in page.blocks.values()
+        if isinstance(block, gradio.Number) and not (block.minimum is None and block.maximum is None)
+    ]
+    assert [name for name in limited if name.startswith("compare-")] == []
+
+
 def test_sides_to_choose_from(context: AppContext) -> None:
     page, dog = CompareEvents(context), context.library.by_name("dog")
     choices = page.sides(dog.id)
@@ -190,7 +223,7 @@ def world(models: ModelsOnDisk, tmp_path: Path) -> Iterator[AppContext]:
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_process, "COMMAND", (sys.executable, "-c", PLAYED_EVALUATION))
+    monkeypatch.setattr(job_process, "PYTHON", (sys.executable, "-c", PLAYED_EVALUATION))
 
 
 def report_of(run: Path, text: str = "step 20") -> EvaluationReport:
@@ -299,7 +332,9 @@ def test_the_command_is_asked_for_what_the_form_says(world: AppContext, monkeypa
     assert ended(EvaluationJobs(world.config.evaluation_dir)).state == "failed"
 
 
-def test_what_cannot_be_evaluated_is_refused(world: AppContext, models: ModelsOnDisk) -> None:
+def test_what_cannot_be_evaluated_is_refused(
+    world: AppContext, models: ModelsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, run = EvaluationEvents(world), run_of(world)
     for chosen, images, steps, reason in (
         (None, 1, 2, "choose a training first"),
@@ -309,6 +344,12 @@ def test_what_cannot_be_evaluated_is_refused(world: AppContext, models: ModelsOn
     ):
         with pytest.raises(gradio.Error, match=reason):
             page.start(chosen, images, 0, steps, None, False)
+    # What belongs to a base model that is a single file is no hindrance to others.
+    asked: list[EvaluationConfig] = []
+    monkeypatch.setattr(EvaluationJobs, "start", lambda self, run, config: asked.append(config))
+    config = dataclasses.replace(world.config, base_config=models.other_base)
+    EvaluationEvents(dataclasses.replace(world, config=config)).start(run.id, 1, 0, 2, None, False)
+    assert [(one.pretrained_model_name_or_path, one.base_config) for one in asked] == [(str(models.base), None)]
     config = dataclasses.replace(
         world.config, pretrained_model_name_or_path=str(models.other_base), allow_public=True, server_name="0.0.0.0"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +28,10 @@ from svft_diffusion.app.drawing.gallery import PICTURES_PER_PAGE, details_of, hi
 from svft_diffusion.app.drawing.recall import Recalled, read_picture, recall  # noqa: E402
 from svft_diffusion.app.drawing.studio import Studio  # noqa: E402
 from svft_diffusion.app.jobs.training_jobs import TrainingJobs  # noqa: E402
+from svft_diffusion.app.offered_bases import OfferedBases  # noqa: E402
 from svft_diffusion.app.shelf.library import Library  # noqa: E402
 from svft_diffusion.app.tabs.generate_adapters import AdapterEvents  # noqa: E402
-from svft_diffusion.app.tabs.generate_model import ModelEvents, OfferedBases, model_picker  # noqa: E402
+from svft_diffusion.app.tabs.generate_model import ModelEvents, model_picker  # noqa: E402
 from svft_diffusion.app.tabs.generate_pictures import PictureEvents  # noqa: E402
 from svft_diffusion.app.tabs.generate_settings import (  # noqa: E402
     PictureWishes,
@@ -37,6 +40,7 @@ from svft_diffusion.app.tabs.generate_settings import (  # noqa: E402
     settings_form,
 )
 from svft_diffusion.errors import UserError  # noqa: E402
+from svft_diffusion.sampling.drawing import open_pipeline  # noqa: E402
 from svft_diffusion.sampling.png import save_png  # noqa: E402
 
 STEPS = 2
@@ -204,6 +208,49 @@ def test_off_is_the_base_and_the_first_setting_comes_back_to_the_bit(page: Page)
     assert pixels(page.picture(page.cards(dog=0.8))) == dog
 
 
+def test_a_thousand_changes_of_the_cards_leave_the_base_alone(page: Page) -> None:
+    """The way of the page: cards to a request to the pipeline, and every hundredth of them to a picture."""
+    first_cards, chance = page.cards(dog=0.7, style=-0.2), random.Random(0)
+    base, first = pixels(page.picture([])), pixels(page.picture(first_cards))
+    before = digest_of_base(page)
+    for number in range(1000):
+        cards = chance.sample(first_cards, chance.randint(0, 2))
+        cards = [
+            card
+            | {
+                "weight": chance.choice([chance.uniform(-10, 10), 0.0]),
+                "on": chance.random() < 0.8,
+                "components": chance.choice([None, {"unet": chance.uniform(-1, 1), "text_encoder": chance.random()}]),
+                "blocks": chance.choice([preset for preset, _ in card["presets"]]),
+            }
+            for card in cards
+        ]
+        request = WISHES.request(page.base, json.loads(json.dumps(cards)), page.context.library, "error")
+        with page.context.studio.with_adapters(page.base, request.adapters):
+            pass
+        if number % 100 == 0:
+            page.picture(cards)
+    assert digest_of_base(page) == before
+    assert pixels(page.picture([])) == base and pixels(page.picture(first_cards)) == first
+
+
+def digest_of_base(page: Page) -> str:
+    """Of the base's weights in memory, which are those on disk."""
+    digest = hashlib.sha256()
+    on_disk = open_pipeline(page.base, device=torch.device("cpu"))
+    with page.context.studio.with_adapters(page.base, ()) as pipeline:
+        for component in ("unet", "text_encoder", "vae"):
+            fresh = on_disk.components[component].state_dict()
+            held = {
+                name.replace("base_layer.", ""): tensor
+                for name, tensor in getattr(pipeline, component).state_dict().items()
+            }
+            for name in fresh:
+                assert torch.equal(held[name], fresh[name])
+                digest.update(name.encode() + held[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
 def test_a_picture_gives_back_every_field_and_is_drawn_again(page: Page) -> None:
     cards = page.cards(style=-0.35, dog={"unet": {"down_blocks": 0.7}, "text_encoder": 0.25})
     fields: dict[str, Any] = {
@@ -339,9 +386,10 @@ def test_the_history_has_pages_with_the_newest_first(tmp_path: Path) -> None:
     assert (empty.files, empty.number, empty.pages) == ([], 1, 1)
     for number in range(PICTURES_PER_PAGE + 2):
         file = tmp_path / f"{number:05d}.png"
-        file.touch()
+        file.write_bytes(b"picture")
         os.utime(file, (number, number))
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "notes.txt").write_bytes(b"notes")
+    (tmp_path / "99999.png").touch()  # is being written
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "00000.png")
     first, last = history_page(tmp_path, 1), history_page(tmp_path, 99)
@@ -386,6 +434,44 @@ def test_adapters_come_from_the_library_and_as_uploads(page: Page, tmp_path: Pat
     upload = shutil.copy(page.models.style, tmp_path / "uploaded.safetensors")
     cards, *_ = events.add_uploads([str(upload)], cards, page.base)
     assert [card["name"] for card in cards] == ["dog", "style"]  # it was there already, under its own name
+
+
+def test_an_upload_that_fails_keeps_no_other_from_the_cards(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", told.append)
+    events, dog = AdapterEvents(page.context), page.cards(dog=1.0)
+    damaged = tmp_path / "damaged<b>.safetensors"
+    damaged.write_bytes(b"\x10")
+    again = shutil.copy(page.models.dog, tmp_path / "again.safetensors")
+    good = shutil.copy(page.models.style, tmp_path / "good.safetensors")
+    cards, *_ = events.add_uploads([str(damaged), str(again), str(good)], dog, page.base)
+    assert [card["name"] for card in cards] == ["dog", "style"]
+    (text,) = told
+    assert "damaged" in text and "dog is there already" in text and "<b>" not in text
+    with pytest.raises(gradio.Error, match="dog is there already"):
+        events.add_uploads([str(again)], dog, page.base)
+
+
+def test_recalled_cards_say_why_they_cannot_act(page: Page, tmp_path: Path) -> None:
+    sha256 = page.context.library.by_name("foreign").sha256
+    told = {"prompt": "a dog", "adapters": [{"name": "foreign", "weight": 1.0, "sha256": sha256}], "base": "elsewhere"}
+    file = save_png(Image.new("RGB", (8, 8)), tmp_path / "told.png", told)
+    (card,) = page.pictures.recall_chosen(str(file), page.base)[13]
+    assert card["name"] == "foreign" and "was trained on the base" in card["warning"]
+
+
+def test_blacked_out_pictures_are_told(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    with page.context.studio.with_adapters(page.base, ()) as pipeline:
+        hide = lambda image, *_: (torch.zeros_like(image), [True])  # noqa: E731
+        monkeypatch.setattr(pipeline, "run_safety_checker", hide, raising=False)
+    last = [update for update in page.draw([], num_images=2) if isinstance(update[3], list)][-1]
+    assert "2 of them were blacked out by the base model's safety checker" in last[4]
+    assert ["Safety checker", "blacked the picture out"] in last[5]["details"]
+    monkeypatch.undo()
+    last = [update for update in page.draw([]) if isinstance(update[3], list)][-1]
+    assert "blacked" not in last[4] + str(last[5])
 
 
 def test_interference_is_told_in_words(page: Page) -> None:

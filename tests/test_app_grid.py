@@ -151,6 +151,7 @@ def test_what_cannot_be_drawn_is_told_before_anything_is(context: AppContext) ->
         (("num_inference_steps", "5, 0", "nothing", ""), {}, "must be between 1 and 1000"),
         (("seed", "0", "nothing", ""), {"prompt": " "}, "write a prompt first"),
         (("other", "0", "nothing", ""), {}, "choose what the columns are"),
+        (("nothing", "", "nothing", ""), {}, "choose what the columns are"),
         (("seed", "0", "nothing", ""), {"num_inference_steps": None}, "number of steps is missing"),
     ):
         with pytest.raises(gradio.Error, match=reason):
@@ -171,9 +172,27 @@ def test_the_plan_is_told_before(context: AppContext) -> None:
     )
 
 
+def test_others_hear_of_no_folder_and_no_sheet_is_overwritten(context: AppContext, tmp_path: Path) -> None:
+    config = dataclasses.replace(context.config, output_dir=tmp_path, allow_public=True)
+    public = dataclasses.replace(context, config=config, studio=Studio(tmp_path, device=torch.device("cpu")))
+    for count in (1, 2):
+        *_, (_, status, _, _, sheet) = drawn(public, [], "seed", "1", "nothing", "")
+        assert status == "Saved 1 pictures, and a labelled sheet of them. "
+        assert Path(sheet["value"]).is_file() and len(list((tmp_path / "grids").iterdir())) == count
+        for picture in tmp_path.glob("*.png"):
+            picture.unlink()  # so that its number comes again
+
+
 def test_axes_follow_the_cards(context: AppContext) -> None:
     page, given = GridEvents(context), cards(context, dog=1.0)
     assert page.columns(given, "seed")["choices"][0] == ("Weight of dog", weight_of(context, "dog"))
+    twins = [{"id": name, "title": "sks robot", "name": name} for name in ("my_dog", "sks robot")]
+    assert [label for label, _ in page.columns(twins, "seed")["choices"]][:2] == [
+        "Weight of sks robot (my_dog)",
+        "Weight of sks robot",
+    ]
+    sides = BeforeAfterEvents(context).adapters(twins, None)["choices"]
+    assert [label for label, _ in sides][1:] == ["sks robot (my_dog)", "sks robot"]
     assert page.columns([], weight_of(context, "dog"))["value"] == "seed"
     assert page.rows(given, weight_of(context, "dog"))["value"] == weight_of(context, "dog")
     assert page.rows([{"id": 3}, "x"], None)["value"] == "nothing"
@@ -198,14 +217,16 @@ def test_before_and_after_differ_in_a_weight_alone(context: AppContext) -> None:
     dog = context.library.by_name("dog").id
 
     def both(adapter: str, before: float, after: float) -> list[bytes]:
-        *_, (_, slider) = page.draw(base, given, adapter, before, after, *dataclasses.astuple(WISHES))
+        *_, (_, _, slider) = page.draw(base, given, adapter, before, after, *dataclasses.astuple(WISHES))
         return [pixels(Path(file)) for file in slider["value"]]
 
     as_it_is = alone(context, given)
     assert both("all", 0.0, 1.0) == [alone(context, []), as_it_is]
     assert both(dog, 0.0, 0.8) == [alone(context, cards(context, style=0.5)), as_it_is]
+    off = [{**card, "on": False} for card in given]
     for given_cards, adapter, weight, prompt, reason in (
         ([], "all", 1.0, "a dog", "there is no adapter"),
+        (off, "all", 1.0, "a dog", "no adapter is on"),
         (given, dog, None, "a dog", "each need a weight"),
         (given, "0" * 16, 1.0, "a dog", "no longer on the cards"),
         (given, "all", 1.0, "a dog <adapter:style>", "gives style a weight of its own"),

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -367,6 +368,38 @@ def test_what_is_deleted_comes_back(models: ModelsOnDisk, library: Library, fold
             again.undo(token)
     assert everything(folder) == before
     assert [entry.id for entry in library.entries()] == [dog.id, robot.id]
+
+
+def test_the_trash_keeps_for_a_month(models: ModelsOnDisk, library: Library, folder: Path) -> None:
+    for name in ("old", "new"):
+        variant(models, folder / f"{name}.safetensors", name)
+    old, new = (library.delete(library.by_name(name).id) for name in ("old", "new"))
+    (folder / TRASH_FOLDER / "mine").mkdir()
+    for name in (old, "mine"):
+        os.utime(folder / TRASH_FOLDER / name, (time.time() - 31 * 86400,) * 2)
+    library.empty_trash()
+    assert {path.name for path in (folder / TRASH_FOLDER).iterdir()} == {new, "mine"}
+    with pytest.raises(UserError, match="nothing to undo"):
+        library.undo(old)
+    library.undo(new)
+    assert names(library) == ["new"]
+
+
+def test_of_files_of_other_tools_the_header_alone_is_read(library: Library, tmp_path: Path) -> None:
+    large = Library(tmp_path, tmp_path / "uploads", most_upload_bytes=2**30)
+    header = b'{"lora.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    file = tmp_path / "upload"
+    with file.open("wb") as written:
+        written.write(len(header).to_bytes(8, "little") + header)
+        written.truncate(900 * 2**20)
+    tracemalloc.start()
+    try:
+        assert large.is_foreign(file, "lora.safetensors")
+        with pytest.raises(UserError, match="larger than the 1 MB"):
+            library.add(file, "lora.safetensors")
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_undo_replaces_nothing(models: ModelsOnDisk, library: Library, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from adapter_files import ModelsOnDisk, write_models
 from foreign_files import lora_factors, written
 from hostile_names import HOSTILE_TEXTS
+from PIL import Image
 from tiny_models import tiny_unet
 
 gradio = pytest.importorskip("gradio")
@@ -194,17 +197,42 @@ def test_the_scripts_of_the_page_write_text_alone() -> None:
 def test_adapters_go_to_generate_by_id(context: AppContext) -> None:
     handlers = LibraryHandlers(context)
     rex = context.library.by_name("rex")
-    cards, tabs = handlers.added([], base(context), rex.id)
-    assert [card["id"] for card in cards] == [rex.id] and tabs.selected == "generate"
+    cards = handlers.added([], base(context), rex.id)
+    assert [card["id"] for card in cards] == [rex.id]
     with pytest.raises(UserError, match="there already"):
         handlers.added(cards, base(context), rex.id)
     with pytest.raises(UserError, match="was trained on the base"):
         handlers.added(cards, base(context), context.library.by_name("stranger").id)
+    *_, listed = handlers.listed("", base(context), CARDS_AT_ONCE, None)
+    assert {card["name"]: card["addable"] for card in listed["cards"]} == {
+        "rex": True,
+        "stranger": False,
+        "style": True,
+    }
     path = str(rex.file)
     for data in ({"id": path}, {"id": 5}, {"id": None}, {"id": ["x"]}, {}, [], None, "x", {"id": "../rex"}):
         with pytest.raises(gradio.Error) as caught:
             handlers.add_card(cards, base(context), gradio.EventData(None, data))
         assert path not in str(caught.value)
+
+
+def test_a_training_without_a_picture_shows_its_last_sample(context: AppContext, models: ModelsOnDisk) -> None:
+    run = context.config.adapters_dir / "run"
+    (run / "samples").mkdir(parents=True)
+    header, tensors = _titled(models.style, "Run")
+    (run / "adapter.safetensors").write_bytes(adapter_bytes(dataclasses.replace(header, thumbnail=None), tensors))
+
+    def shown() -> Any:
+        cards = list(LibraryHandlers(context).listed("run", base(context), CARDS_AT_ONCE, None))[-1]["cards"]
+        return next(card["thumbnail"] for card in cards if card["title"] == "Run")
+
+    for step, width in ((0, 9), (40, 10), (80, 11)):
+        assert (shown() == "") == (step < 80)  # at step 0 the base model draws alone
+        Image.new("RGB", (width, 7)).save(run / "samples" / f"step-{step}-0.png")
+    with Image.open(io.BytesIO(base64.b64decode(shown().removeprefix("data:image/jpeg;base64,")))) as picture:
+        assert picture.size == (11, 7)
+    (run / "samples" / "step-90-0.png").write_bytes(b"damaged")
+    assert shown() == ""
 
 
 def test_files_of_the_server_are_no_uploads(context: AppContext, models: ModelsOnDisk, tmp_path: Path) -> None:
@@ -245,13 +273,14 @@ def test_a_form_that_nobody_touched_imports_a_lora(context: AppContext, tmp_path
     assert "theirs.safetensors: in the library as theirs" in report.value
 
 
-def test_deleting_says_where_the_photos_stay(context: AppContext) -> None:
-    handlers, folder = LibraryHandlers(context), context.config.training_dir / "rex-1" / "rex-1"
-    folder.mkdir(parents=True)
-    for name, said in (("style", ""), ("rex", "the photos of its training stay in the folder training/rex-1")):
+def test_deleting_says_that_the_photos_stay(context: AppContext) -> None:
+    handlers, job = LibraryHandlers(context), context.config.training_dir / "rex-1"
+    (job / "rex-1").mkdir(parents=True)
+    (job / "photos").mkdir()
+    for name, said in (("style", ""), ("rex", "the photos of its training stay until you delete that under Train")):
         entry = context.library.by_name(name)
         if said:
-            entry.file.rename(folder / "adapter.safetensors")
+            entry.file.rename(job / "rex-1" / "adapter.safetensors")
             entry = next(one for one in context.library.entries() if one.id == entry.id)
         report = handlers.delete(entry.id, [])[3].value
         assert said in report and ("photos" in report) == bool(said)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -63,6 +64,16 @@ def test_what_cannot_be_told_is_none() -> None:
         pipe.scheduler.set_timesteps(2)
         packed = torch.zeros(1, 64, 16)  # as Flux has
         pipe.scheduler.step(packed, pipe.scheduler.timesteps[0], packed)
+        assert preview() is None
+
+
+def test_a_vae_of_another_kind_has_no_preview() -> None:
+    pipe, blocks = tiny_pipeline(), {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    pipe.vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    pipe.scheduler.set_timesteps(2)
+    latents = torch.zeros(1, 4, 8, 8)
+    with Previews(pipe).following(pipe) as preview:
+        pipe.scheduler.step(latents, pipe.scheduler.timesteps[0], latents)
         assert preview() is None
 
 

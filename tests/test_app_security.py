@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from svft_diffusion.app.serving.logins import (  # noqa: E402
     read_logins,
 )
 from svft_diffusion.app.serving.security import MOST_BYTES_OF_A_MESSAGE  # noqa: E402
-from svft_diffusion.app.serving.served import served_copy  # noqa: E402
+from svft_diffusion.app.serving.served import blocked_paths, served_copy  # noqa: E402
 from svft_diffusion.cli.main import run_command  # noqa: E402
 from svft_diffusion.errors import UserError  # noqa: E402
 
@@ -138,6 +140,28 @@ def test_other_names_of_this_machine_are_refused(app: Running, guarded: Running)
     assert httpx.get(guarded.address, headers={"Host": "example.org"}).status_code == 200
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "name", ["127.0.0.2", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))]
+)
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no 127.0.0.2 by itself")
+def test_every_address_of_this_machine_alone_can_be_listened_on(cache: Path, tmp_path: Path, name: str) -> None:
+    running = Running(tmp_path, server_name=name)
+    try:
+        assert httpx.get(running.address).status_code == 200
+        assert httpx.get(running.address, headers={"Host": "example.org"}).status_code == 421
+    finally:
+        running.page.close()
+
+
 def test_other_sites_cannot_send_anything(app: Running) -> None:
     address = f"{app.address}gradio_api/call/echo"
     for site, status in (("cross-site", 403), ("same-origin", 200)):
@@ -237,11 +261,13 @@ def test_an_upload_that_is_broken_off_leaves_nothing(app: Running, cache: Path) 
 
 
 def test_messages_are_no_uploads(app: Running) -> None:
-    for path in ("/gradio_api/call/echo", "/gradio_api/queue/join", "/login"):
+    # An event may be called as uploads are.
+    for path in ("/gradio_api/call/echo", "/gradio_api/call/upload", "/gradio_api/queue/join", "/login"):
         status, sent = send_chunked(app, path, multipart([1024 * MB]))
         assert status in (413, 400, 422, None) and sent < MOST_BYTES_OF_A_MESSAGE + 32 * MB, path
-    big = httpx.post(f"{app.address}gradio_api/call/echo", content=b" " * (MOST_BYTES_OF_A_MESSAGE + 1))
-    assert big.status_code == 413
+    for name in ("echo", "upload"):
+        big = httpx.post(f"{app.address}gradio_api/call/{name}", content=b" " * (MOST_BYTES_OF_A_MESSAGE + 1))
+        assert big.status_code == 413, name
 
 
 TRAVERSALS = [
@@ -274,16 +300,31 @@ def test_pictures_alone_are_served(app: Running) -> None:
         (app.config.output_dir / "link.png").symlink_to(secret)
         ways_out.append(app.config.output_dir / "link.png")
     targets = [str(one) for one in (secret, photo, app.folder / "logins", Path("pyproject.toml").absolute(), *ways_out)]
+    visitor = httpx.Client()
     for target in [*targets, *TRAVERSALS]:
         for spelled in {target, quote(target), quote(target, safe="")}:
             try:
-                answer = httpx.get(f"{app.address}gradio_api/file={spelled}")
+                answer = visitor.get(f"{app.address}gradio_api/file={spelled}")
             except (httpx.InvalidURL, UnicodeError):
                 continue
             assert answer.status_code in (400, 403, 404, 422), (spelled, answer.status_code)
             assert b"root:" not in answer.content and b"[project]" not in answer.content
     copy = served_copy(secret)
     assert httpx.get(f"{app.address}gradio_api/file={copy}").content == b"content"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_a_link_to_the_pictures_hides_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # whose files are served
+    pictures = tmp_path / "outputs" / "app"
+    pictures.mkdir(parents=True)
+    (tmp_path / "notes").touch()
+    (tmp_path / "shortcut").symlink_to(pictures)
+    (tmp_path / "other").symlink_to(tmp_path / "notes")
+    blocked = blocked_paths(AppConfig(adapters_dir=Path("outputs"), output_dir=Path("outputs/app")))
+    assert {str(tmp_path / name) for name in ("notes", "other", "outputs/training")} <= set(blocked)
+    assert not any(pictures.is_relative_to(Path(path).resolve()) for path in blocked)
 
 
 def test_a_handler_that_returned_a_path_would_hand_out_no_file(app: Running) -> None:
@@ -361,6 +402,18 @@ def test_the_file_of_logins(
             read_logins(tmp_path / "bad")
     assert not StoredPassword.of("a").belongs_to("")
 
+    # Edited by hand: a mark at the beginning, as Notepad writes it, and no end of the last line.
+    file.write_bytes(b"\xef\xbb\xbf" + text.rstrip("\n").encode())
+    add_login(file, "grace", PASSWORD)
+    assert list(read_logins(file)) == ["Ada Lovelace", "Грейс", "grace"]
+    file.write_text(f"{text}{text}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 3 of .* a second login of Ada Lovelace"):
+        read_logins(file)
+    (tmp_path / "bad").write_text("# people\n", encoding="utf-8")
+    add_login(tmp_path / "bad", "grace", PASSWORD)
+    assert list(read_logins(tmp_path / "bad")) == ["grace"]
+    file.write_text(text, encoding="utf-8")
+
     monkeypatch.setattr("sys.stdin", (tmp_path / "typed").open("w+", encoding="utf-8"))
     (tmp_path / "typed").write_text(f"{PASSWORD}\n", encoding="utf-8")
     assert run_command("app", ["--add_login", "alan", "--auth_file", str(file)]) == 0
@@ -377,7 +430,7 @@ def test_other_machines_are_let_in_on_request_only(tmp_path: Path, capsys: pytes
         assert message.startswith("error: ") and "--allow_public" in message and message.count("\n") == 1
         assert AppConfig(server_name=address, allow_public=True).open_to_others
         assert AppConfig(server_name=address, auth_file=tmp_path / "logins").open_to_others
-    for address in ("127.0.0.1", "127.8.0.1", "localhost", "::1"):
+    for address in ("127.0.0.1", "127.8.0.1", "localhost", "::1", "[::1]"):
         assert not AppConfig(server_name=address).open_to_others
 
 
@@ -385,6 +438,11 @@ def test_settings_that_would_open_more_are_refused(tmp_path: Path, capsys: pytes
     cases = [
         (["--adapters_dir", str(tmp_path), "--output_dir", str(tmp_path)], "is in it"),
         (["--adapters_dir", str(tmp_path / "a" / "b"), "--output_dir", str(tmp_path / "a")], "is in it"),
+        (["--adapters_dir", str(tmp_path / "a"), "--output_dir", str(tmp_path / "a" / "b" / "..")], "is in it"),
+        (["--adapters_dir", str(tmp_path / "a"), "--output_dir", str(tmp_path / "a" / "training" / "x")], "is in it"),
+        (["--output_dir", str(tmp_path), "--auth_file", str(tmp_path / "logins")], "--auth_file"),
+        (["--server_port", "70000"], "from 1 to 65535"),
+        (["--server_port", "0"], "from 1 to 65535"),
         (["--max_upload_mb", "0"], "at least 1"),
         (["--max_pixels", "-5"], "at least 1"),
         (["--mcp_server", "--auth_file", str(tmp_path / "logins")], "MCP"),

@@ -42,3 +42,18 @@ def test_adapters_are_called_as_other_commands_call_them(tmp_path: Path, monkeyp
 def test_there_is_at_least_one_thread() -> None:
     with pytest.raises(UserError, match="--threads must be at least 1"):
         AppConfig(threads=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"base": ["toybox", "/no/such/folder"]}, "no such base model folder: '/no/such/folder'"),
+        ({"auth_file": Path("no-such-file")}, "can't read the logins in no-such-file"),
+    ],
+)
+def test_what_can_not_work_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setattr(launch, "Studio", None)
+    with pytest.raises(UserError, match=reason):
+        launch.build_app(AppConfig(**settings))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import random
 import threading
 import time
 from pathlib import Path
@@ -15,18 +13,18 @@ import torch
 from adapter_files import ModelsOnDisk, write_models
 from PIL import Image
 
-from svft_diffusion import SVDiffConfig, load_adapter, save_adapter
-from svft_diffusion.adapters import add_training_adapter
+from svft_diffusion import SVDiffConfig, SVFTConfig, load_adapter, save_adapter
+from svft_diffusion.adapters import add_training_adapter, unload_adapter
 from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.adapters.injection import adapters_of
 from svft_diffusion.adapters.weights import AdapterWeight
-from svft_diffusion.app.drawing.background import Listener, events_of
+from svft_diffusion.app.drawing.background import Listener, Waiting, end_all, events_of
 from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture, Step
-from svft_diffusion.app.drawing.studio import Studio
+from svft_diffusion.app.drawing.studio import Drawing, Studio
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import AdapterMetadata
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter, check_adapter
-from svft_diffusion.sampling.png import read_png_settings
+from svft_diffusion.sampling.png import read_png_settings, save_png
 from svft_diffusion.sampling.sample import SamplingConfig, open_pipeline, sample
 
 STEPS = 2
@@ -146,7 +144,7 @@ def test_a_picture_can_be_drawn_again_from_its_file(models: ModelsOnDisk, studio
 def test_previews_change_nothing_and_come_with_every_step(models: ModelsOnDisk, studio: Studio) -> None:
     request = asked(models, adapters=chosen(models, dog=0.8), num_inference_steps=3)
     plain = list(studio.draw(request))
-    shown = list(studio.draw(request, previews=True))
+    shown = [one for one in studio.draw(request, previews=True) if not isinstance(one, Waiting)]
     assert pixels([one for one in plain if isinstance(one, SavedPicture)]) == pixels(
         [one for one in shown if isinstance(one, SavedPicture)]
     )
@@ -158,17 +156,21 @@ def test_previews_change_nothing_and_come_with_every_step(models: ModelsOnDisk, 
     assert [one.seed for one in shown if isinstance(one, SavedPicture)] == [5, 6]
 
 
+def first_step(events: Drawing) -> Step:
+    return next(event for event in events if isinstance(event, Step))
+
+
 def test_closing_ends_the_drawing_within_a_step(models: ModelsOnDisk, studio: Studio) -> None:
     before = set(studio.output_dir.iterdir())
     steps_done: list[int] = []
     request = asked(models, num_inference_steps=500)
     events = studio.draw(request, previews=True)
-    event = next(events)
-    assert isinstance(event, Step) and event.step == 1
-    started = time.perf_counter()
+    assert first_step(events).step == 1
     events.close()
-    assert time.perf_counter() - started < 2
-    assert not any(thread.name == "drawing" for thread in threading.enumerate())
+    for thread in threading.enumerate():
+        if thread.name == "drawing":
+            thread.join(2)
+            assert not thread.is_alive()
     assert set(studio.output_dir.iterdir()) == before
     whole = studio.generate_pictures(asked(models), lambda picture, step: steps_done.append(step))
     assert len(whole) == 2 and steps_done == [1, 2, 1, 2]
@@ -178,7 +180,7 @@ def test_closing_ends_the_drawing_within_a_step(models: ModelsOnDisk, studio: St
 def test_waiting_visitors_can_leave(models: ModelsOnDisk, studio: Studio) -> None:
     with studio.with_adapters(str(models.base), ()):
         events = studio.draw(asked(models))
-        waiting = threading.Thread(target=lambda: next(events, None))
+        waiting = threading.Thread(target=first_step, args=(events,))
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive()  # nothing is drawn while somebody else holds the pipeline
@@ -201,8 +203,43 @@ def test_waiting_visitors_can_leave(models: ModelsOnDisk, studio: Studio) -> Non
         numbers = events_of(work)
         assert next(numbers) == 1
         numbers.close()
-        assert left.is_set()
+        assert left.wait(2)
     assert lock.acquire(blocking=False)
+
+
+def test_leaving_takes_no_time_however_slow_a_step_is(
+    models: ModelsOnDisk, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Web servers close iterators where they answer everybody."""
+    studio.open_base(str(models.base))
+    go_on = threading.Event()
+    monkeypatch.setattr("svft_diffusion.app.drawing.studio.generate_batch", lambda *_, **__: go_on.wait(10))
+    events = studio.draw(asked(models))
+    try:
+        started = time.perf_counter()
+        assert next(events) == Waiting()
+        events.close()
+        assert time.perf_counter() - started < 2
+    finally:
+        go_on.set()
+
+
+def test_what_is_drawn_ends_with_the_program() -> None:
+    """A thread that is in torch when Python ends takes it down with an abort."""
+    left = threading.Event()
+
+    def work(listener: Listener[int]) -> None:
+        try:
+            while True:
+                listener.tell(1)
+                time.sleep(0.01)
+        finally:
+            left.set()
+
+    events = events_of(work)
+    assert next(events) == 1
+    end_all()
+    assert left.is_set()
 
 
 def test_visitors_at_the_same_time_get_their_own_pictures(models: ModelsOnDisk, studio: Studio) -> None:
@@ -220,40 +257,6 @@ def test_visitors_at_the_same_time_get_their_own_pictures(models: ModelsOnDisk, 
     for visitor in visitors:
         visitor.join(60)
     assert [results[number] for number in range(6)] == alone + alone
-
-
-def test_a_thousand_weight_changes_leave_the_base_alone(models: ModelsOnDisk, studio: Studio) -> None:
-    both = [adapter for adapter, _ in chosen(models, dog=1.0, style=1.0)]
-    base = pixels(studio.generate_pictures(asked(models)))
-    first = pixels(studio.generate_pictures(asked(models, adapters=((both[0], 0.7), (both[1], -0.2)))))
-    before = _digest(studio, models)
-    chance = random.Random(0)
-    for _ in range(1000):
-        adapters: list[tuple[CheckedAdapter, AdapterWeight]] = []
-        for adapter in chance.sample(both, chance.randint(0, 2)):
-            number = chance.uniform(-10, 10)
-            parts = {"unet": {"up_blocks": number, "": chance.uniform(-1, 1)}, "text_encoder": chance.uniform(-1, 1)}
-            adapters.append((adapter, chance.choice([number, 0.0, parts])))
-        with studio.with_adapters(str(models.base), adapters):
-            pass
-    assert _digest(studio, models) == before
-    assert pixels(studio.generate_pictures(asked(models))) == base
-    assert pixels(studio.generate_pictures(asked(models, adapters=((both[0], 0.7), (both[1], -0.2))))) == first
-
-
-def _digest(studio: Studio, models: ModelsOnDisk) -> str:
-    """Of the base's weights, as they are in memory with no adapter acting."""
-    digest = hashlib.sha256()
-    with studio.with_adapters(str(models.base), ()) as pipeline:
-        fresh = open_pipeline(str(models.base), device=torch.device("cpu"))
-        for component in ("unet", "text_encoder", "vae"):
-            state = getattr(pipeline, component).state_dict()
-            wanted = getattr(fresh, component).state_dict()
-            held = {name.replace("base_layer.", ""): tensor for name, tensor in state.items()}
-            for name in wanted:
-                assert torch.equal(held[name], wanted[name])
-                digest.update(held[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def test_adapters_stay_loaded_for_a_while(
@@ -310,7 +313,7 @@ def test_requests_that_cannot_work_say_why(models: ModelsOnDisk, studio: Studio,
         ({"prompt": "  "}, "write a prompt first"),
         ({"num_images": 17}, "between 1 and 16"),
         ({"seed": -1}, "seed"),
-        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 0}, "the number of steps must be"),
         ({"width": 20}, "width must be a multiple of 8"),
         ({"height": 8192}, "between 8 and 4096"),
         ({"scheduler": "eulr"}, "unknown scheduler 'eulr'"),
@@ -387,3 +390,110 @@ def test_pictures_are_kept_with_their_settings(models: ModelsOnDisk, studio: Stu
     settings = read_png_settings(saved.path)
     assert settings["prompt"] == "a red robot" and settings["seed"] == 5 and settings["base"] == "base"
     assert [(adapter["name"], adapter["weight"]) for adapter in settings["adapters"]] == [("dog", -1.0)]
+
+
+def test_two_apps_on_one_folder_overwrite_nothing(
+    models: ModelsOnDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (Studio(tmp_path, device=torch.device("cpu")) for _ in range(2))
+    seconds: list[SavedPicture] = []
+
+    def save_meanwhile(*arguments: Any) -> Path:
+        monkeypatch.setattr("svft_diffusion.app.drawing.studio.save_png", save_png)
+        seconds.extend(other.generate_pictures(asked(models, num_images=1, adapters=chosen(models, dog=1.0))))
+        return save_png(*arguments)
+
+    monkeypatch.setattr("svft_diffusion.app.drawing.studio.save_png", save_meanwhile)
+    (first,) = one.generate_pictures(asked(models, num_images=1))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "00001_a-photo-of-sks-dog_seed5.png",
+        "00002_a-photo-of-sks-dog_seed5.png",
+    ]
+    assert read_png_settings(first.path)["adapters"] == []
+    assert len(read_png_settings(seconds[0].path)["adapters"]) == 1
+
+
+def test_what_cannot_be_saved_leaves_nothing_and_tells_no_folder(
+    models: ModelsOnDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: object, file: Path, *_: object) -> Path:
+        raise UserError(f"can't write {file}: no space left")
+
+    folder = tmp_path / "pictures"
+    studio = Studio(folder, device=torch.device("cpu"))
+    monkeypatch.setattr("svft_diffusion.app.drawing.studio.save_png", fail)
+    with pytest.raises(UserError, match=r"can't write 00001_a-photo-of-sks-dog_seed5\.png: no space") as caught:
+        studio.generate_pictures(asked(models))
+    assert str(tmp_path) not in str(caught.value) and list(folder.iterdir()) == []
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(UserError, match="can't write to the folder of the pictures") as caught:
+        studio.generate_pictures(asked(models))
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")],
+)
+def test_a_lack_of_memory_is_told_with_what_helps(
+    models: ModelsOnDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise problem
+
+    studio = Studio(tmp_path, device=torch.device("cpu"))
+    with monkeypatch.context() as patched:
+        patched.setattr("svft_diffusion.app.drawing.studio.generate_batch", fail)
+        with pytest.raises(UserError, match="not enough memory for a picture of 4096 x 64 pixels; ask for a smaller"):
+            studio.generate_pictures(asked(models, width=4096, height=64))
+        patched.setattr("svft_diffusion.app.drawing.studio.open_pipeline", fail)
+        with pytest.raises(UserError, match="not enough memory for this base model"):
+            studio.open_base(str(models.other_base))
+    assert len(studio.generate_pictures(asked(models))) == 2
+
+
+def test_what_the_safety_checker_hides_is_told(models: ModelsOnDisk, studio: Studio) -> None:
+    with studio.with_adapters(str(models.base), ()) as pipeline:
+        shown = type(pipeline).run_safety_checker
+        pipeline.run_safety_checker = lambda image, *_: (torch.zeros_like(image), [True])
+    try:
+        hidden = studio.generate_pictures(asked(models))
+    finally:
+        del pipeline.run_safety_checker
+    assert pipeline.run_safety_checker.__func__ is shown
+    assert [picture.blacked_out for picture in hidden] == [True, True]
+    assert read_png_settings(hidden[0].path)["blacked_out"] is True
+    seen = studio.generate_pictures(asked(models))
+    assert [picture.blacked_out for picture in seen] == [False, False]
+    assert "blacked_out" not in read_png_settings(seen[0].path)
+
+
+def test_drawing_starts_at_once_after_weights_have_changed(tmp_path: Path) -> None:
+    """On the embedded model, with adapters that are loaded: within 100 ms from the request to the first step."""
+    pipe = open_pipeline("toybox", device=torch.device("cpu"))
+    adapters = []
+    for number, config in enumerate((SVDiffConfig(targets="attention"), SVFTConfig(targets="attention"))):
+        for values in add_training_adapter(pipe, config, "new"):
+            values.data.fill_(0.01)
+        file = tmp_path / f"{number}.safetensors"
+        save_adapter(pipe, "new", file, metadata=AdapterMetadata(base_name="toybox"))
+        unload_adapter(pipe, "new")
+        adapters.append(check_adapter(file, "toybox", name=file.stem))
+    studio = Studio(tmp_path / "pictures", device=torch.device("cpu"))
+    begun: list[tuple[float, float]] = []
+    with studio.with_adapters("toybox", [(adapter, 1.0) for adapter in adapters]) as pipeline:
+        pipeline.unet.register_forward_pre_hook(lambda *_: begun.append((time.process_time(), time.perf_counter())))
+    worked, waited = [], []
+    for attempt in range(6):
+        weighted = tuple((adapter, 0.1 * number + 0.01 * attempt) for number, adapter in enumerate(adapters, 1))
+        studio.open_base("toybox")  # when the drawing before has ended
+        begun.clear()
+        started = time.process_time(), time.perf_counter()
+        events = studio.draw(PictureRequest("toybox", "a photo of sks robot", weighted), previews=True)
+        first_step(events)
+        events.close()
+        worked.append(begun[0][0] - started[0])
+        waited.append(begun[0][1] - started[1])
+    # Other programs take their part of the machine, but not of the first clock.
+    assert min(worked) < 0.1 and min(waited) < 0.5, (worked, waited)

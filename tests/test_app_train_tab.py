@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -16,19 +17,21 @@ from PIL import Image
 from training_jobs import end_all, endless, has_ended, is_running, photos_of, play_runs, wait
 from training_runs import short_run
 
-from svft_diffusion.app.components.training_form import TrainingWishes, duration_in_words
-from svft_diffusion.app.components.training_view import job_label, library_id, status_html
+from svft_diffusion.app.components import training_form
+from svft_diffusion.app.components.training_form import TrainingWishes, _FormEvents, duration_in_words
+from svft_diffusion.app.components.training_view import job_label, status_html
 from svft_diffusion.app.config import AppConfig
 from svft_diffusion.app.context import AppContext, Shared
 from svft_diffusion.app.drawing.studio import Studio
 from svft_diffusion.app.jobs import training_estimate
-from svft_diffusion.app.jobs.photo_upload import gather, look_at, write_captions
+from svft_diffusion.app.jobs.photo_upload import captions_of, gather, look_at, write_captions
 from svft_diffusion.app.jobs.training_estimate import Estimates
 from svft_diffusion.app.jobs.training_jobs import TrainingJobs
-from svft_diffusion.app.shelf.library import Library
+from svft_diffusion.app.shelf.library import Library, id_of
 from svft_diffusion.app.tabs import train as train_tab
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import read_header
+from svft_diffusion.sampling.adapter_choice import sha256_of
 from svft_diffusion.training.checks import check
 from svft_diffusion.training.presets import SPEEDS, SubjectPrompts, preset_settings
 
@@ -119,13 +122,19 @@ def test_photos_of_one_name_are_both_kept_and_large_ones_left_out(tmp_path: Path
         (tmp_path / place).mkdir()
         Image.effect_noise(size, 90).save(tmp_path / place / "a[b].png")
     (tmp_path / "two" / "broken.jpg").write_bytes(b"no picture")
+    Image.new("L", (20, 30)).save(tmp_path / "one" / "b.mask.png")  # comes before its photo
+    Image.effect_noise((20, 30), 91).save(tmp_path / "one" / "b.png")
+    Image.effect_noise((30, 20), 92).save(tmp_path / "two" / "B.png")  # the same name on many systems
     (tmp_path / "one" / "a[b].txt").write_text("on the  grass", encoding="utf-8")
     folder.mkdir()
     files = [str(file) for place in ("one", "two", "three") for file in sorted((tmp_path / place).iterdir())]
     notes = gather(files, folder, most_pixels=1999)
     assert notes == ["skipped a[b].png: 2,000 pixels are too many, 1,999 are allowed"]
     look = look_at(folder, 16)
-    assert sorted(look.captions.items()) == [("a[b]-2.png", "on the grass"), ("a[b].png", "on the grass")]
+    assert {path.name for path in folder.glob("[bB]*")} == {"b.mask.png", "b.png", "B-2.png", "broken.jpg"}
+    said = {photo: caption for photo, caption in look.captions.items() if caption}
+    assert said == {"a[b]-2.png": "on the grass", "a[b].png": "on the grass"}
+    assert captions_of([folder / "a[b].png", folder / "b.png"]) == {"a[b].png": "on the grass", "b.png": ""}
     assert "skipped broken.jpg: no readable picture" in look.notes
     assert look.sheet.width > 16
 
@@ -135,6 +144,69 @@ def test_photos_of_one_name_are_both_kept_and_large_ones_left_out(tmp_path: Path
     assert texts == {"a[b].txt": "a photo of sks dog in the snow", "a[b]-2.txt": "SKS dog at night"}
     with pytest.raises(UserError, match="too long"):
         write_captions(folder, {"a[b].png": "x" * 501}, "a photo of sks dog", "sks")
+
+
+def test_captions_of_the_form_win_and_uploaded_ones_become_prompts(context: AppContext, tmp_path: Path) -> None:
+    for number in range(2):
+        Image.effect_noise((20, 30), 90 + number).save(tmp_path / f"{number}.png")
+    (tmp_path / "0.txt").write_text("on the grass", encoding="utf-8")
+    photos = photos_of(tmp_path)
+    cases: list[tuple[list[list[Any]] | None, dict[str, str]]] = [
+        (None, {"0.txt": "a photo of sks robot on the grass"}),
+        ([["0.png", ""], ["1.png", "at night"]], {"1.txt": "a photo of sks robot at night"}),
+    ]
+    for captions, prompts in cases:
+        with wishes(photos=photos, captions=captions).as_config(context, "tiny") as config:
+            folder = config.instance_data_dir
+            assert folder is not None
+            assert {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.txt")} == prompts
+    with (
+        pytest.raises(UserError, match="no usable photo in the upload") as caught,
+        wishes(photos=photos).as_config(context, "tiny") as config,
+    ):
+        raise UserError(f"no usable photo in {config.instance_data_dir}")
+    assert "/" not in str(caught.value)
+
+    (tmp_path / "0.txt").write_text("x" * 501, encoding="utf-8")
+    too_long = wishes(photos=photos, captions=None).as_config(context, "tiny")
+    with pytest.raises(UserError, match=r"caption of 0\.png is too long"), too_long:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "precision"),
+    [("float16", "cuda", "fp16"), ("bfloat16", "cuda", "bf16"), ("float32", "cuda", None), ("float16", "cpu", None)],
+)
+def test_large_bases_train_in_the_precision_of_the_app_on_a_gpu(
+    context: AppContext, monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, precision: str | None
+) -> None:
+    monkeypatch.setattr(training_form, "resolve_device", lambda name: torch.device(device))
+    context = dataclasses.replace(context, config=dataclasses.replace(context.config, dtype=dtype))
+    for base, expected in (("some/base", precision), ("toybox", None)):
+        with wishes().as_config(context, base) as config:
+            assert config.mixed_precision == expected
+
+
+def test_captions_that_were_typed_in_stay_when_photos_are_added(
+    context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Studio, "open_base", lambda self, base: 16)
+    for number in range(3):
+        Image.effect_noise((20, 30), 90 + number).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.txt").write_text("on the grass", encoding="utf-8")
+    typed = [["0.png", "at night"], ["1.png", ""], ["gone.png", "x"]]
+    _, _, captions = _FormEvents(context).look_at_photos(photos_of(tmp_path), typed, "toybox")
+    assert captions == [["0.png", "at night"], ["1.png", "on the grass"], ["2.png", ""]]
+
+
+def test_a_single_file_takes_the_settings_that_were_given_for_files(tmp_path: Path) -> None:
+    file, folder = tmp_path / "base.safetensors", tmp_path / "settings"
+    file.touch()
+    config = AppConfig(base=[str(file)], base_config=folder, adapters_dir=tmp_path)
+    context: Any = SimpleNamespace(config=config)
+    for base, given in ((str(file), folder), ("toybox", None)):
+        with wishes().as_config(context, base) as training:
+            assert training.base_config == given
 
 
 def test_unusable_photos_are_told_without_the_folder(tmp_path: Path) -> None:
@@ -157,7 +229,7 @@ def test_the_time_is_measured_once_for_settings(
 ) -> None:
     calls = []
 
-    def measured(arguments: list[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+    def measured(arguments: list[str], *, seconds: float, device: str) -> subprocess.CompletedProcess[str]:
         calls.append(arguments)
         return subprocess.CompletedProcess(arguments, 0, stdout="\n" + json.dumps(MEASURED) + "\n", stderr="")
 
@@ -176,7 +248,7 @@ def test_the_time_is_measured_once_for_settings(
 def test_a_run_that_would_fail_is_told_before(
     context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(arguments: list[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+    def refused(arguments: list[str], *, seconds: float, device: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(arguments, 2, stdout="", stderr="error: no room in /home/me/x for it\n")
 
     monkeypatch.setattr(training_estimate, "run_to_the_end", refused)
@@ -220,6 +292,13 @@ def test_a_page_is_sent_what_has_changed(context: AppContext, tmp_path: Path, mo
     assert stop["visible"] is False
     assert "stopped" in job_label(context.jobs.get(id))
 
+    assert events.refresh(id, {})[-2:] == [gr.update(visible=True), gr.update(visible=False)]
+    with pytest.raises(gr.Error, match="choose a training"):  # not the one that the page shows
+        events.delete(id, {**seen, "delete": ("other-1", False)})
+    gone = context.jobs.get(id).folder.path
+    _, seen, _, panel, *_ = events.delete(id, seen)
+    assert panel["visible"] is False and context.jobs.jobs() == [] and not gone.exists()
+
 
 def test_a_failure_is_told_on_the_page(context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play_runs(monkeypatch)
@@ -232,6 +311,7 @@ def test_what_is_missing_is_told_and_nothing_starts(context: AppContext) -> None
     events = train_tab._TrainingEvents(context)
     for changes, message in (
         ({"photos": None}, "add the photos first"),
+        ({"photos": None, "class_word": ""}, "add the photos first"),
         ({"class_word": ""}, "kind of thing is missing"),
         ({"trigger": "a b"}, "must be a single one"),
         ({"name": "x" * 61}, "name of at most"),
@@ -269,8 +349,10 @@ def test_from_photos_to_an_adapter_on_generate(context: AppContext) -> None:
     assert all(len(entry.samples) == 2 for entry in job.history)
     text, samples = events.show_step(id, 12)
     assert "After step 10" in text and len(samples["value"]) == 2
+    assert events.show_all(id)[11]["value"] == "a photo of sks robot"
     cards, tabs = events.use_step(id, 12, [], "toybox")
-    assert tabs.selected == "generate" and cards[0]["id"] == library_id(job.history[0].adapter)
+    assert cards[0]["thumbnail"].startswith("data:image/jpeg;base64,")
+    assert tabs.selected == "generate" and cards[0]["id"] == id_of(sha256_of(job.history[0].adapter))
     again, _ = events.use_step(id, 12, cards, "toybox")
     assert again == gr.skip()
     assert read_header(context.library.get(cards[0]["id"]).file).trigger == "sks"

@@ -11,18 +11,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from training_jobs import end_all, endless, has_ended, is_running, play_runs, process_of, wait
 from training_runs import short_run
 
+from svft_diffusion.app.components.training_view import status_html
 from svft_diffusion.app.jobs import training_jobs
+from svft_diffusion.app.jobs.job_folder import JobFolder
 from svft_diffusion.app.jobs.job_process import ProcessMark
 from svft_diffusion.app.jobs.job_process import is_running as process_runs
 from svft_diffusion.app.jobs.training_jobs import Job, TrainingJobs
+from svft_diffusion.cli import app_training
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import read_adapter
+from svft_diffusion.structured_files import read_structured
 from svft_diffusion.training.card import write_config
 from svft_diffusion.training.config import TrainingConfig
 
@@ -125,6 +130,7 @@ from pathlib import Path
 from svft_diffusion.app.jobs.training_jobs import TrainingJobs
 from svft_diffusion.cli.train import read_settings
 from svft_diffusion.settings import config_from_mapping
+from svft_diffusion.structured_files import read_structured
 from svft_diffusion.training.card import write_config
 from svft_diffusion.training.config import TrainingConfig
 config = config_from_mapping(TrainingConfig, read_settings(Path({str(settings)!r})))
@@ -141,14 +147,33 @@ time.sleep(600)
     assert_stopped_with_all_saved(jobs, wait(jobs, id, has_ended))
 
 
+def test_a_run_stops_after_its_first_step_without_the_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    job = JobFolder(tmp_path / "dog-1")
+    job.result.mkdir(parents=True)
+    job.stop_asked.touch()
+
+    def train(command: str, arguments: list[str]) -> int:
+        assert (command, arguments) == ("train", ["--config", "x.yaml"])
+        time.sleep(0.1)
+        assert not (job.result / "stop").exists()
+        (job.result / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n', encoding="utf-8")
+        deadline = time.monotonic() + 20
+        while not (job.result / "stop").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return 7 if (job.result / "stop").exists() else 0
+
+    monkeypatch.setattr(app_training, "run_command", train)
+    monkeypatch.setattr(app_training, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    assert app_training.main([str(job.path), "--config", "x.yaml"]) == 7
+
+
 def test_a_stop_before_the_first_step_waits_for_an_adapter(
     jobs: TrainingJobs, short: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play_runs(monkeypatch)
-    monkeypatch.setattr(training_jobs, "_has_finished_a_step", lambda folder: False)
-    id = jobs.start(endless(short), "dog")
+    id = jobs.start(endless(short, "a photo of slow dog"), "dog")
     jobs.stop(id)
-    job = wait(jobs, id, lambda job: job.folder.result.exists() and is_running(job))
+    job = wait(jobs, id, lambda job: job.stage == "training")
     assert job.stop_asked and not (job.folder.result / "stop").exists()
     jobs.stop(id)  # asked again: at once
     assert wait(jobs, id, has_ended).state == "stopped"
@@ -242,3 +267,94 @@ def test_trainings_of_one_class_share_its_pictures(
     texts = [jobs.get(jobs.start(config, "dog")).folder.config.read_text(encoding="utf-8") for config in configs]
     folders = [next(line for line in text.splitlines() if line.startswith("class_data_dir")) for text in texts]
     assert folders[0] == folders[1] != folders[2]
+
+
+def test_the_page_counts_the_class_images_that_are_drawn(
+    jobs: TrainingJobs, short: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingJobs, "_advance", lambda self: False)
+    prior = dataclasses.replace(short, with_prior_preservation=True, class_prompt="a photo of a dog")
+    id = jobs.start(dataclasses.replace(prior, num_class_images=5), "dog")
+    folder = jobs.get(id).folder
+    monkeypatch.setattr(JobFolder, "_works", lambda self: True)
+    folder.begin()
+    folder.result.mkdir()
+    status = {"state": "drawing class images", "step": None, "total_steps": None}
+    (folder.result / "status.json").write_text(json.dumps(status))
+    assert jobs.get(id).class_images == (0, 5)
+    settings = read_structured(folder.config, "--config")
+    drawn = Path(settings["class_data_dir"])
+    drawn.mkdir(parents=True)
+    listed = {"recipe": {}, "drawn": {"0": "ab", "1": "cd", "3": ""}, "withheld": [2]}
+    (drawn / "class_images.json").write_text(json.dumps(listed))
+    text = status_html(jobs.get(id))
+    assert f"Drawing class images: 3 of 5, then {short.max_train_steps} steps." in text
+    assert 'max="5" value="3"' in text
+    (folder.result / "status.json").write_text(json.dumps(status | {"state": "training", "step": 1}))
+    assert jobs.get(id).class_images is None and "Training: step 1 of" in status_html(jobs.get(id))
+    (folder.result / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
+
+
+def test_a_training_that_has_ended_can_be_deleted_whole(
+    jobs: TrainingJobs, short: TrainingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    play_runs(monkeypatch)
+    other = TrainingJobs(tmp_path / "training")
+    id = jobs.start(endless(short), "dog")
+    wait(jobs, id, is_running)
+    with pytest.raises(UserError, match="stop it first"):
+        jobs.delete(id)
+    jobs.stop(id)
+    wait(other, id, lambda job: has_ended(job) and not job.folder.is_busy())
+    other._advance()
+    jobs.delete(id)
+    assert jobs.jobs() == [] and [path.name for path in (tmp_path / "training").iterdir()] == [".queue.lock"]
+    for wrong in (id, "../dog-1", ".queue.lock", ""):
+        with pytest.raises(UserError, match="no longer there"):
+            jobs.delete(wrong)
+    # The next one is called so, and an app that has seen the end of the first still knows that it runs.
+    assert jobs.start(endless(short), "dog") == id
+    wait(jobs, id, is_running)
+    second = other.start(endless(short), "cat")
+    other._advance()
+    assert other.get(second).state == "queued"
+
+
+def test_refused_photos_are_told_without_their_folder(
+    jobs: TrainingJobs, short: TrainingConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"none")
+    with pytest.raises(UserError, match="no usable photo") as caught:
+        jobs.start(dataclasses.replace(short, instance_data_dir=tmp_path / "photos"), "dog")
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_trainings_compute_where_the_app_was_told_to(
+    short: TrainingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[dict[str, str]] = []
+
+    def refuse(command: list[str], **options: Any) -> None:
+        started.append(options["env"])
+        raise OSError("no process")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    for device in ("auto", "cpu", "cuda:1", "cuda:3"):
+        jobs = TrainingJobs(tmp_path / device.replace(":", ""), device)
+        assert wait(jobs, jobs.start(short, "dog"), has_ended).reason == "no process can be started: no process"
+    names = ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES")
+    assert [[env.get(name) for name in names] for env in started] == [
+        [None, "4,7"], ["true", "4,7"], [None, "7"], [None, "3"],
+    ]  # fmt: skip
+
+
+def test_a_folder_of_the_embedded_models_name_is_not_meant(
+    jobs: TrainingJobs, short: TrainingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(TrainingJobs, "_advance", lambda self: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toybox").mkdir()
+    config = dataclasses.replace(short, pretrained_model_name_or_path="toybox")
+    assert jobs.get(jobs.start(config, "dog")).base == "toybox"

@@ -291,8 +291,8 @@ def test_bad_input_is_refused_before_the_model_loads(
         ({"num_images": 0}, "num_images"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63 - 1, "num_images": 2}, "seed"),
-        ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"num_inference_steps": 0}, "the number of steps must be"),
+        ({"guidance_scale": float("nan")}, "the guidance scale must be"),
         ({"height": 20}, "multiple of 8"),
         ({"width": 10**9}, "--width must be at most 16384; got 1000000000"),
         (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from svft_diffusion.cli.early_checks import check_port_is_free
 from svft_diffusion.cli.main import run_command
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import nearest_hint
@@ -110,12 +112,53 @@ def test_setting_of_which_the_last_word_is_near() -> None:
     ],
 )
 def test_what_is_wrong_at_once_is_told_before_the_imports(arguments: list[str], problem: str) -> None:
+    assert told_before_the_imports("sample", arguments) == f"{problem}\n"
+
+
+def told_before_the_imports(command: str, arguments: list[str]) -> str:
+    """What a command says that ends with code 2 before anything heavy is imported."""
     program = f"""
 import sys
 from svft_diffusion.cli.main import run_command
-code = run_command("sample", {arguments})
-assert "torch" not in sys.modules
+code = run_command({command!r}, {arguments})
+assert not {{"torch", "gradio", "diffusers"}} & set(sys.modules)
 sys.exit(code)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (2, f"{problem}\n")
+    assert ended.returncode == 2, ended.stderr
+    return ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--server_port", "0"], "--server_port must be from 1 to 65535, got 0"),
+        (["--adapter", "nowhere/x.safetensors:0.5"], "can't read the adapter nowhere/x.safetensors:0.5: No such file"),
+        (["--base", "/no/such/folder"], "no such base model folder: '/no/such/folder'"),
+        (["--pretrained_model_name_or_path", "FOLDER"], "FOLDER holds no model_index.json"),
+        (["--adapters_dir", "FILE"], "--adapters_dir FILE: FILE is no folder"),
+        (["--output_dir", "FILE/pictures"], "--output_dir FILE/pictures: FILE is no folder"),
+        (["--server_name", "192.0.2.1", "--allow_public"], "can't listen on 192.0.2.1:"),
+    ],
+)
+def test_a_wrong_start_of_the_app_is_told_before_the_imports(
+    tmp_path: Path, arguments: list[str], problem: str
+) -> None:
+    pytest.importorskip("gradio")
+    file = written(tmp_path / "file", "")
+    names = {"FOLDER": str(tmp_path), "FILE": str(file)}
+    for name, path in names.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+        problem = problem.replace(name, path)
+    told = told_before_the_imports("app", arguments)
+    assert told.startswith(f"error: {problem}") and told.count("\n") == 1
+
+
+def test_a_taken_port_is_told_before_the_imports() -> None:
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        told = told_before_the_imports("app", ["--server_port", str(port)])
+    assert told.startswith(f"error: can't listen on 127.0.0.1:{port} (") and "choose another --server_port\n" in told
+    check_port_is_free("127.0.0.1", port)
+    check_port_is_free("localhost", port)

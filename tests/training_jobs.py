@@ -19,23 +19,26 @@ from svft_diffusion.training.config import TrainingConfig
 ENDLESS = 1_000_000
 
 # A run as the queue sees it, without the libraries that take seconds to load. It ends at its stop file, or as the name
-# of its photos' prompt says.
+# of its photos' prompt says; a slow one finishes no step.
 PLAYED_RUN = """
 import json, os, sys, time
 from pathlib import Path
-settings = dict(line.split(": ", 1) for line in Path(sys.argv[3]).read_text().splitlines() if ": " in line)
+job, config = Path(sys.argv[2]), Path(sys.argv[4])
+settings = dict(line.split(": ", 1) for line in config.read_text().splitlines() if ": " in line)
 folder, prompt = Path(settings["output_dir"]), settings["instance_prompt"]
 print(f"loading {folder}", flush=True)
 if "refused" in prompt:
     print(f"error: can't read {folder / 'photo.png'}: no picture", file=sys.stderr)
     sys.exit(2)
 folder.mkdir()
-status = {"state": "training", "step": 1, "total_steps": 9, "eta_seconds": 8.0, "pid": os.getpid()}
+steps = 0 if "slow" in prompt else 1
+status = {"state": "training", "step": steps, "total_steps": 9, "eta_seconds": 8.0, "pid": os.getpid()}
 (folder / "status.json").write_text(json.dumps(status))
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, "smoothed_loss": 0.5}) + "\\n")
-while not (folder / "stop").exists():
+if steps:
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, "smoothed_loss": 0.5}) + "\\n")
+while not (folder / "stop").exists() and not (steps and (job / "stop-asked").exists()):
     time.sleep(0.02)
-(folder / "stop").unlink()
+(folder / "stop").unlink(missing_ok=True)
 (folder / "adapter.safetensors").write_bytes(b"")
 (folder / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
 """
@@ -43,7 +46,7 @@ while not (folder / "stop").exists():
 
 def play_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs start `PLAYED_RUN` instead of the trainer."""
-    monkeypatch.setattr(job_process, "COMMAND", (sys.executable, "-c", PLAYED_RUN))
+    monkeypatch.setattr(job_process, "PYTHON", (sys.executable, "-c", PLAYED_RUN))
 
 
 def endless(config: TrainingConfig, prompt: str | None = None) -> TrainingConfig:

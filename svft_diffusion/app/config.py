@@ -109,14 +109,28 @@ class AppConfig:
             )
         if self.mcp_server and self.auth_file is not None:
             raise UserError("MCP clients can't log in: give --mcp_server without --auth_file, on this machine only")
-        if self.adapters_dir.absolute().is_relative_to(self.output_dir.absolute()):
-            raise UserError(
-                f"visitors can open everything in --output_dir {self.output_dir}, and --adapters_dir "
-                f"{self.adapters_dir} is in it; choose a folder for pictures alone"
-            )
+        self._check_folder_of_pictures()
+        if not 1 <= self.server_port <= 65535:
+            raise UserError(f"--server_port must be from 1 to 65535, got {self.server_port}")
         for name in ("max_upload_mb", "max_pixels", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+    def _check_folder_of_pictures(self) -> None:
+        pictures = self.output_dir.resolve()
+        for name in ("adapters_dir", "auth_file"):
+            path = getattr(self, name)
+            if path is not None and path.resolve().is_relative_to(pictures):
+                raise UserError(
+                    f"visitors can open everything in --output_dir {self.output_dir}, and --{name} {path} is in it; "
+                    "choose a folder for pictures alone"
+                )
+        for folder in (self.uploads_dir, self.training_dir, self.evaluation_dir):
+            if pictures.is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"visitors can open nothing in {folder}, and --output_dir {self.output_dir} is in it; choose a "
+                    "folder for pictures alone"
+                )
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -157,6 +171,6 @@ class AppConfig:
 
 def _is_loopback(server_name: str) -> bool:
     try:
-        return server_name == "localhost" or ipaddress.ip_address(server_name).is_loopback
+        return server_name == "localhost" or ipaddress.ip_address(server_name.strip("[]")).is_loopback
     except ValueError:  # another name: it may stand for any address
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import isgeneratorfunction
 from typing import Any, TypeVar
@@ -49,28 +50,33 @@ class Shared:
 
 
 def shows_user_errors(handler: Handler) -> Handler:
-    """Turn a user's error into a notice on the page, without a trace; for generators, too."""
-
-    def shown(error: UserError) -> gr.Error:
-        # The notice is shown as HTML, and the message may quote a file's name.
-        return gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False)
-
+    """Turn a user's error into a notice on the page, without a trace; for generators, too. Of other errors the notice
+    tells the kind, and the terminal the rest."""
     if isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def steps(*arguments: Any, **named: Any) -> Iterator[Any]:
-            try:
+            with _notices():
                 yield from handler(*arguments, **named)
-            except UserError as error:
-                raise shown(error) from None
 
         return steps  # type: ignore[return-value]
 
     @functools.wraps(handler)
     def wrapped(*arguments: Any, **named: Any) -> Any:
-        try:
+        with _notices():
             return handler(*arguments, **named)
-        except UserError as error:
-            raise shown(error) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        # The notice is shown as HTML, and the message may quote a file's name.
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+    except gr.Error:
+        raise
+    except Exception as error:
+        raise gr.Error(f"something went wrong ({type(error).__name__}); the app's terminal has the details") from error

@@ -10,6 +10,12 @@ from collections.abc import Sequence
 
 from svft_diffusion.app.config import AppConfig
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
+from svft_diffusion.cli.early_checks import (
+    check_adapter_is_there,
+    check_base_is_there,
+    check_folder_can_be,
+    check_port_is_free,
+)
 from svft_diffusion.errors import UserError
 
 # Before libraries are imported that read it: nobody is told that the app runs, or asked for a newer version.
@@ -20,7 +26,7 @@ def run(argv: Sequence[str]) -> None:
     """Run the command with its arguments, until it is interrupted.
 
     Raises:
-        UserError: Gradio is missing, or what `svft_diffusion.app.serving.launch` raises.
+        UserError: Gradio is missing, the port is taken, or what `svft_diffusion.app.serving.launch` raises.
     """
     parser = Parser(prog="svft-diffusion app", description="Train, blend and use adapters in a browser.")
     add_settings(parser, AppConfig)
@@ -37,10 +43,23 @@ def run(argv: Sequence[str]) -> None:
         _add_login(config, options.add_login)
         return
 
+    _check_at_once(config)
+
     # Heavy imports come after the arguments, so that --help and typing errors answer at once.
     from svft_diffusion.app.serving.launch import build_app, launch
 
     launch(build_app(config), config)
+
+
+def _check_at_once(config: AppConfig) -> None:
+    """Refuse what is missing or taken before the imports and the base model, which take their time."""
+    for base in config.bases:
+        check_base_is_there(base)
+    for adapter in config.adapter:
+        check_adapter_is_there(adapter)
+    check_folder_can_be("--adapters_dir", config.adapters_dir)
+    check_folder_can_be("--output_dir", config.output_dir)
+    check_port_is_free(config.server_name, config.server_port)
 
 
 def _add_login(config: AppConfig, name: str) -> None:

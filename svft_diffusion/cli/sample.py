@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svft_diffusion.cli.arguments import Parser, add_settings, given_settings
-from svft_diffusion.errors import UserError
+from svft_diffusion.cli.early_checks import check_adapter_is_there
 from svft_diffusion.sampling.config import SamplingConfig, check_values
-from svft_diffusion.terminal import printable
 
 _DESCRIPTION = """\
 Generate pictures with any number of adapters: every combination of the values of repeatable flags.
@@ -79,10 +75,4 @@ def _check_at_once(given: Mapping[str, Any], matrix: Path | None) -> None:
     if matrix is None:
         check_values(SamplingConfig(**given))
     for text in given.get("adapter", ()):
-        beginnings = itertools.accumulate(text.split(":"), "{}:{}".format)  # colons may belong to weights, or to names
-        try:
-            is_there = any(os.path.exists(os.path.expanduser(beginning)) for beginning in beginnings)
-        except ValueError:
-            continue  # no possible name, as whoever opens it will say
-        if not is_there and not re.fullmatch(r"[-+.\d]+", text):  # no weight that lost its file, which is told so
-            raise UserError(f"can't read the adapter {printable(text, 200)}: No such file or directory")
+        check_adapter_is_there(text)

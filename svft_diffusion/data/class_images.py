@@ -88,6 +88,14 @@ def read_class_prompts(file: Path) -> list[str]:
     return prompts
 
 
+def count_drawn(folder: Path) -> int:
+    """How many class pictures a run has drawn there so far, as its list says; those that were blanked count."""
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        return 0
+    return sum(digest != _UNFINISHED for digest in manifest.drawn.values()) + len(manifest.withheld)
+
+
 def given_class_pictures(folder: Path) -> PhotoFolder:
     """The pictures that somebody else put into the class folder; an empty or missing folder is fine."""
     if not folder.is_dir():

@@ -175,7 +175,9 @@ def _expanded(part: str) -> list[Decimal]:
         raise UserError(f"{_quoted(part.strip())} is no range; write first:last:step, such as 0:1:0.25")
     first, last = numbers[:2]
     step = numbers[2] if len(numbers) == 3 else Decimal(1 if last >= first else -1)
-    if step == 0 or (last - first) * step < 0:
+    if step == 0:
+        raise UserError(f"the range {_quoted(part.strip())} never gets to its end; its step must not be 0")
+    if (last - first) * step < 0:
         raise UserError(f"the range {_quoted(part.strip())} never gets to its end; change the sign of its step")
     # Exact: 0:1:0.1 ends at 1 and holds 0.3.
     steps = (last - first) / step
@@ -204,7 +206,7 @@ def _words_in(text: str) -> list[str]:
 
 def _check_count(count: int) -> None:
     if count > MOST_CELLS:
-        raise UserError(f"that are more than {MOST_CELLS} pictures, the most of a grid; take fewer values")
+        raise UserError(f"this makes more than {MOST_CELLS} pictures, the most of a grid; take fewer values")
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import load_pipeline
+from svft_diffusion.models.text import truncated_text
 
 
 class Drawn(NamedTuple):
@@ -159,3 +160,9 @@ def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:
     """Settings of a picture that are known after its making only: its size and the base model's scheduler."""
     scheduler = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
     return {"width": image.width, "height": image.height, "scheduler": scheduler}
+
+
+def words_not_read(pipeline: DiffusionPipeline, prompt: str) -> dict[str, str]:
+    """For the settings of a picture: the end of a prompt that is too long for the base model's text encoders."""
+    lost = truncated_text(pipeline, prompt)
+    return {"prompt_not_read": lost} if lost else {}

@@ -75,9 +75,9 @@ def check_picture_settings(seed: int, num_inference_steps: int, guidance_scale: 
     if not 0 <= seed <= _LARGEST_SEED:
         raise UserError(f"the seed must be between 0 and {_LARGEST_SEED}, got {seed}")
     if not 1 <= num_inference_steps <= 1000:
-        raise UserError(f"num_inference_steps must be between 1 and 1000, got {num_inference_steps}")
+        raise UserError(f"the number of steps must be between 1 and 1000, got {num_inference_steps}")
     if not 0 <= guidance_scale <= 1000:
-        raise UserError(f"guidance_scale must be between 0 and 1000, got {guidance_scale}")
+        raise UserError(f"the guidance scale must be between 0 and 1000, got {guidance_scale}")
 
 
 def read_prompt_rows(config: SamplingConfig) -> list[PromptRow]:

@@ -28,7 +28,14 @@ from svft_diffusion.sampling.adapter_sets import AdapterSets, LoadedSets, check_
 from svft_diffusion.sampling.config import SamplingConfig
 from svft_diffusion.sampling.default_size import stored_resolution
 from svft_diffusion.sampling.devices import resolve_device
-from svft_diffusion.sampling.drawing import arguments_of_few, facts_of, generate, generate_batch, open_pipeline
+from svft_diffusion.sampling.drawing import (
+    arguments_of_few,
+    facts_of,
+    generate,
+    generate_batch,
+    open_pipeline,
+    words_not_read,
+)
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.folder import finished_pictures
 from svft_diffusion.sampling.overview import write_overview
@@ -285,9 +292,10 @@ class _Work:
             width=self._width,
         )
         carried = embedded_in_picture(self._embedded, {name: use.weight for name, use in row.uses.items()})
+        facts = words_not_read(self._pipeline, row.prompt)
         for picture, (image, blacked_out) in zip(batch, drawn, strict=True):
             if picture in missing:
-                settings = picture.settings | facts_of(self._pipeline, image)
+                settings = picture.settings | facts | facts_of(self._pipeline, image)
                 settings |= {"blacked_out": True} if blacked_out else {}
                 save_png(image, self._output_dir / picture.file_name, settings, carried)
 

@@ -216,12 +216,13 @@ def draw_with_adapters(page: Any, *, steps: int = 2, pictures: int = 2) -> None:
     cards = page.locator("#adapter-cards .card")
     library.click()
     page.get_by_role("button", name="Add robot-1 to Generate", exact=True).click()
-    cards.first.wait_for()  # on Generate, where it leads to
-    library.click()
+    page.get_by_text("robot-1 is on Generate now").wait_for()
     page.get_by_role("button", name="Details of robot-1", exact=True).click()
     page.get_by_label("Steps that its training kept").click()
     page.get_by_role("option", name="step 30", exact=True).click()
     page.get_by_role("button", name="Add this step to Generate", exact=True).click()
+    page.get_by_text("robot-1-step-30 is on Generate now").wait_for()
+    page.get_by_role("tab", name="Generate", exact=True).click()
     cards.nth(1).wait_for()
     for name, value in (("prompt", "a photo of sks robot on the beach"), ("steps", steps), ("num-images", pictures)):
         page.locator(f"#{name} :is(input, textarea)").first.fill(str(value))

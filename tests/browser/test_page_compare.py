@@ -143,6 +143,32 @@ def test_stop_ends_a_grid_and_the_next_one_is_drawn(page: Any) -> None:
     page.wait_for_selector("#grid-status >> text=Saved 3 pictures")
 
 
+def test_who_waits_sees_the_place_in_the_queue_and_can_leave(page: Any, new_page: Any, server: Any) -> None:
+    page.fill("#prompt textarea", "a red robot")
+    page.locator("#steps input").fill("1000")
+    page.click("#generate")
+    page.wait_for_selector("#drawing >> text=step")
+    other = new_page()
+    other.set_default_timeout(60_000)
+    other.goto(server.address)
+    other.wait_for_selector("#adapter-cards .card")
+    other.fill("#prompt textarea", "a red robot")
+    other.locator("#before-after > button").click()
+    for tab, form in (("Generate", "before-after"), ("Compare", "compare"), ("Blend", "blend")):
+        other.get_by_role("tab", name=tab, exact=True).click()
+        stop = other.locator(f"#{form}-stop")
+        assert stop.is_disabled()
+        if tab != "Generate":
+            other.fill(f"#{form}-prompt textarea", "a red robot")
+        other.click(f"#{form}-draw")
+        other.wait_for_selector(f"#{form}-status >> text=queue: 1/1")
+        stop.click()
+        other.wait_for_function("id => document.getElementById(id).disabled", arg=f"{form}-stop")
+        other.wait_for_selector(f"#{form}-status >> text=queue", state="hidden")
+    page.click("#stop")
+    page.wait_for_selector("#drawing .drawing", state="hidden")
+
+
 def test_two_sides_are_compared(page: Any, server: Any) -> None:
     open_compare(page)
     choose(page, "#compare-b", HOSTILE)
@@ -152,12 +178,12 @@ def test_two_sides_are_compared(page: Any, server: Any) -> None:
     page.locator("#compare-seeds textarea, #compare-seeds input").fill("3, 9007199254740993")
     page.locator("#compare-steps input").fill("2")
     page.click("#compare-draw")
-    page.wait_for_selector("#compare-status >> text=Seed 9007199254740993: A and B differ")
+    page.wait_for_selector("#compare-pair >> text=Seed 9007199254740993: A and B differ")
     assert page.locator("#compare-pictures .grid-container img").count() == 4
     page.get_by_label("3", exact=True).check()
-    page.wait_for_selector("#compare-status >> text=Seed 3: A and B differ")
+    page.wait_for_selector("#compare-pair >> text=Seed 3: A and B differ")
     page.locator("#compare-pictures .grid-container button").nth(2).click()
-    page.wait_for_selector("#compare-status >> text=Seed 9007199254740993: A and B differ")
+    page.wait_for_selector("#compare-pair >> text=Seed 9007199254740993: A and B differ")
     assert page.locator("#compare-slider img").count() == 2 and page.locator("#compare-difference img").count() == 1
     settings = [read_png_settings(file) for file in sorted(server.output_dir.glob("*.png"))[-4:]]
     assert [len(one["adapters"]) for one in settings] == [0, 1, 0, 1]

@@ -76,7 +76,7 @@ class App:
 
     def visit(self, size: str = "desktop", **options: Any) -> Visit:
         visit = Visit(self.new_page(viewport=SIZES[size], **options))
-        visit.page.set_default_timeout(20_000)
+        visit.page.set_default_timeout(60_000)
         visit.page.on("request", lambda request: visit.requests.append(request.url))
         visit.page.goto(self.server.address)
         visit.page.get_by_role("button", name="Generate", exact=True).wait_for()
@@ -148,6 +148,7 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
     visit.page.locator("#prompt textarea").press("Control+Enter")
     visit.shown(1)
     assert visit.detail("Adapters") == "dog: 1.04"
+    visit.fill("width", 256)  # so that it takes its time
     visit.fill("steps", 1000)
     visit.page.locator("#steps input").press("Control+Enter")
     visit.page.wait_for_selector("#drawing .drawing", state="visible")
@@ -170,6 +171,11 @@ def test_the_prompt_completes_names_without_asking(app: App) -> None:
     prompt.press("End")
     prompt.press_sequentially(" <adapter:o")
     options = visit.page.get_by_role("listbox", name="Adapters of the library").get_by_role("option")
+    is_on_top = "one => { const box = one.getBoundingClientRect(); const points = [...Array(40).keys()]; return points"
+    is_on_top += (
+        ".every((at) => one.contains(document.elementFromPoint(box.x + (at + 0.5) * box.width / 40, box.y + 9))); }"
+    )
+    assert options.first.evaluate(is_on_top)
     assert options.all_inner_texts() == ["dog", f"hostile ({HOSTILE})"]
     prompt.press("ArrowDown")
     prompt.press("ArrowUp")
@@ -210,6 +216,7 @@ def test_an_error_keeps_every_value(app: App, problems: list[str]) -> None:
         visit.fill(name, value)
     visit.generate()
     assert "did you mean 'dog'" in visit.notice()
+    assert not visit.page.locator("#picture-status .error").is_visible()  # nor when a drawing is stopped
     assert {name: visit.value(name) for name in values} == values
     number = visit.page.get_by_role("spinbutton", name="Weight of style, as a number")
     assert float(number.input_value()) == -0.35
@@ -268,6 +275,46 @@ def test_a_dropped_picture_brings_everything_back(app: App, tmp_path: Path) -> N
     assert again != drawn and app.pixels(again) == app.pixels(drawn)
     told, retold = read_png_settings(drawn), read_png_settings(again)
     assert told == retold
+
+
+def test_a_picture_can_be_dropped_after_one_that_tells_nothing(app: App, tmp_path: Path, problems: list[str]) -> None:
+    for name in ("plain.png", "empty.png"):
+        (tmp_path / name).touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    told = save_png(Image.new("RGB", (8, 8)), tmp_path / "told.png", {"prompt": "a dog, 狗"})
+    visit = app.visit()
+    for name, said in (("plain.png", "plain.png tells no settings"), ("empty.png", "empty.png is no PNG picture")):
+        drop(visit.page, tmp_path / name)
+        visit.page.locator(".toast-body").get_by_text(said).wait_for()
+        visit.page.wait_for_selector("#recall-picture input[type=file]", state="attached")
+        assert visit.page.locator("[data-testid=status-tracker] > .error:visible").count() == 0
+        visit.fill("prompt", "")
+        drop(visit.page, told)
+        visit.page.wait_for_function("document.querySelector('#prompt textarea').value === 'a dog, 狗'")
+        visit.page.wait_for_selector("#recall-picture input[type=file]", state="attached")
+    visit.page.locator(".toast-body").first.wait_for(state="detached")
+    problems.clear()  # Gradio tells a console of errors that the page shows
+
+
+def test_other_tabs_take_the_prompt_over(app: App) -> None:
+    visit = app.visit()
+
+    def shows(tab: str, prompt: str) -> None:
+        visit.page.get_by_role("tab", name=tab, exact=True).click()
+        field = f"document.querySelector('#{tab.lower()}-prompt textarea')"
+        visit.page.wait_for_function(f"prompt => {field}?.value === prompt", arg=prompt)
+
+    def write(prompt: str) -> None:
+        visit.page.get_by_role("tab", name="Generate", exact=True).click()
+        visit.fill("prompt", prompt)
+
+    write("a photo <adapter:dog:0.5> of sks dog")
+    shows("Blend", "a photo of sks dog")
+    shows("Compare", "a photo of sks dog")
+    visit.fill("compare-prompt", "a cat")
+    write("a robot")
+    shows("Blend", "a robot")
+    shows("Compare", "a cat")
 
 
 def test_hostile_settings_are_text(app: App, tmp_path: Path) -> None:
@@ -369,6 +416,16 @@ def test_it_fits_the_screen(app: App, size: str, colors: str) -> None:
     visit.page.locator("#interference li").first.wait_for()
     width = SIZES[size]["width"]
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    for narrower in (width, min(width, 1200)):
+        visit.page.set_viewport_size(SIZES[size] | {"width": narrower})
+        for button in visit.page.locator("#tab-generate button[id]").all():
+            lines = button.evaluate(
+                "one => new Set([...one.childNodes].flatMap((part) => { const all = "
+                "document.createRange(); all.selectNodeContents(part); return [...all.getClientRects()].map((box) => "
+                "Math.round(box.top)); })).size"
+            )
+            assert lines <= 1, button.inner_text()
+    visit.page.set_viewport_size(SIZES[size])
     screenshot = Image.open(io.BytesIO(visit.page.screenshot(full_page=True)))
     assert screenshot.width == width
     for control in visit.page.locator("#tab-generate-panel :is(input, button, textarea), #adapter-cards input").all():

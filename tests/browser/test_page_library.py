@@ -123,16 +123,20 @@ def test_from_the_list_to_generate(page: Any) -> None:
     page.get_by_label("Search").fill("SKS rex")
     page.wait_for_function("document.querySelectorAll('#library-list .card').length === 1")
     button(page, "Add rex to Generate").click()
-    page.locator("#adapter-cards").get_by_text("Rex").first.wait_for()
-    library(page)
+    page.get_by_text("rex is on Generate now").wait_for()
+    heights = {button(page, name).bounding_box()["height"] for name in ("Add rex to Generate", "Details of rex")}
+    assert len(heights) == 1
     button(page, "Add rex to Generate").click()
     page.get_by_text("is there already").first.wait_for()
     page.get_by_label("Search").fill("other")
-    button(page, "Add other to Generate").click()
-    page.get_by_text("other was trained on the base").last.wait_for()
+    button(page, "Details of other").wait_for()
+    page.wait_for_selector("#library-list .fit.unfit")
+    assert button(page, "Add other to Generate").count() == 0
     page.get_by_label("Search").fill("rex")
     details(page, "rex", "title        Rex")
     button(page, "Add this step to Generate").click()
+    page.get_by_text("rex-step-2 is on Generate now").wait_for()
+    page.get_by_role("tab", name="Generate", exact=True).click()
     page.locator("#adapter-cards").get_by_text("Rex 2").first.wait_for()
     assert "Other" not in cards(page)
 

@@ -80,3 +80,22 @@ def test_from_photos_to_an_adapter(page: Any, new_page: Callable[..., Any], serv
     page.get_by_role("button", name="Use this step").click()
     page.wait_for_selector("#adapter-cards >> text=sks", state="visible", timeout=20_000)
     assert page.get_by_role("tab", name="Generate", exact=True).get_attribute("aria-selected") == "true"
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of sks robot'")
+    page.locator("#prompt textarea").fill("my own words")
+    open_train(page)
+    page.get_by_role("button", name="Use this step").click()
+    page.wait_for_selector("#prompt", state="visible")
+    assert page.locator("#prompt textarea").input_value() == "my own words"
+
+    open_train(page)
+    delete = page.get_by_role("button", name="Delete for good")
+    page.get_by_role("button", name="Delete this training").click()
+    delete.wait_for()
+    page.get_by_role("button", name="Keep", exact=True).click()
+    delete.wait_for(state="hidden")
+    page.get_by_role("button", name="Delete this training").click()
+    delete.click()
+    page.wait_for_selector("#training-none", state="visible")
+    assert [
+        path for path in (server.adapters_dir / "training").rglob("*") if path.suffix in (".png", ".safetensors")
+    ] == []

@@ -9,7 +9,7 @@ let shown = null; // the value that the page shows, to tell one's own changes fr
 
 const list = make("ul", "cards", root);
 list.setAttribute("aria-label", "Adapters");
-const empty = make("p", "empty", root, "No adapter yet: the base model draws alone. Add adapters from the library.");
+const empty = make("p", "empty", root, "No adapter yet: the base model draws alone. Add adapters from the library; Train makes one, and Library imports some.");
 const news = make("p", "for-screen-readers", root);
 news.setAttribute("role", "status");
 

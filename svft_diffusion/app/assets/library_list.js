@@ -39,7 +39,7 @@ function addCard(parent, card, chosen) {
   }
   add(said, 'p', card.fit, `fit ${card.state}`);
   const buttons = add(said, 'div', undefined, 'buttons');
-  addButton(buttons, 'Add to Generate', `Add ${card.name} to Generate`, 'add_card', {id: card.id});
+  if (card.addable) addButton(buttons, 'Add to Generate', `Add ${card.name} to Generate`, 'add_card', {id: card.id});
   const details = addButton(buttons, 'Details', `Details of ${card.name}`, 'show_details', {id: card.id});
   details.setAttribute('aria-pressed', String(card.id === chosen));
 }

@@ -25,7 +25,8 @@ function show() {
   for (const [name, text] of value.details) {
     const line = make("div", list);
     make("dt", line, name);
-    make("dd", line, text);
+    const shown = make("dd", line, text);
+    if (shown.scrollHeight > shown.clientHeight) shown.tabIndex = 0; // long ones scroll, by keys too
   }
 }
 

@@ -333,7 +333,7 @@ function update() {
   note.hidden = !few;
   note.textContent = cards.length
     ? "The pad takes two adapters that are on. Add another one, or switch one on, on Generate."
-    : "No adapter yet. Add adapters to Generate from the library; their weights can then be set here, too.";
+    : "No adapter yet. Train one, or add some to Generate from the library; their weights can then be set here, too.";
   for (const part of [modes, choices, frame, keys]) part.hidden = few;
   weights.hidden = cards.length === 0;
   place(root.contains(document.activeElement) && document.activeElement.matches(".number") ? document.activeElement : null);

@@ -13,6 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from svft_diffusion.app.assets import asset
+from svft_diffusion.app.drawing.background import Waiting
 from svft_diffusion.app.drawing.picture_request import Step
 
 _SHORTEST_PAUSE = 0.1  # seconds between two pictures of the same drawing
@@ -29,6 +30,14 @@ def drawing_progress(elem_id: str = "drawing") -> gr.HTML:
         apply_default_css=False,
         elem_id=elem_id,
     )
+
+
+def drawing_status(elem_id: str) -> gr.Markdown:
+    """Place a line on how a drawing went, which shows the place in the queue while it waits.
+
+    The component of `drawing_progress` can't: it is hidden until something is drawn.
+    """
+    return gr.Markdown(elem_id=elem_id)
 
 
 class DrawingProgress:
@@ -50,8 +59,10 @@ class DrawingProgress:
         """The value of the component before the first step."""
         return self._value("Preparing", 0)
 
-    def after(self, step: Step) -> dict[str, Any] | None:
-        """The value after a step; None if it is too soon after the last one."""
+    def after(self, step: Step | Waiting) -> dict[str, Any] | None:
+        """The value after a step, or that it stays as it is; None if it is too soon after the last one."""
+        if isinstance(step, Waiting):
+            return gr.skip()
         now = time.monotonic()
         if self._began is None:
             self._began = now

@@ -6,12 +6,17 @@ from typing import Any
 
 import gradio as gr
 
+# Scripts, so that a page need not wait for the server. Nothing is drawn any more, and there is nothing to stop:
+_ENDED = "() => [null, {__type__: 'update', interactive: false}]"
+_USABLE = "() => ({__type__: 'update', interactive: true})"
+_USELESS = "() => ({__type__: 'update', interactive: false})"
+
 
 def stop_button(elem_id: str, draw: gr.Button) -> gr.Button:
     """Place it. To be called before it is said what ``draw`` does: a page does what a click asks one after the other,
     and waits for the end of each."""
     stop = gr.Button("Stop", interactive=False, elem_id=elem_id, scale=1, min_width=80)
-    draw.click(None, None, stop, js=_usable(True), api_visibility="private")
+    draw.click(None, None, stop, js=_USABLE, api_visibility="private")
     return stop
 
 
@@ -23,16 +28,6 @@ def wire_stop(stop: gr.Button, drawn: Any, drawing: gr.HTML) -> None:
         drawing: shows what is drawn, and nothing any more when that ended early.
     """
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    drawn.then(None, None, stop, js=_usable(False), **quiet)
-    drawn.failure(_ended, None, [drawing, stop], queue=False, **quiet)
-    stop.click(_ended, None, [drawing, stop], cancels=[drawn], queue=False, **quiet)
-
-
-def _ended() -> tuple[None, Any]:
-    """Nothing is drawn any more, and there is nothing to stop."""
-    return None, gr.update(interactive=False)
-
-
-def _usable(whether: bool) -> str:
-    """A script that makes a button usable or not, without asking the server."""
-    return f"() => ({{__type__: 'update', interactive: {str(whether).lower()}}})"
+    drawn.then(None, None, stop, js=_USELESS, **quiet)
+    drawn.failure(None, None, [drawing, stop], js=_ENDED, **quiet)
+    stop.click(None, None, [drawing, stop], js=_ENDED, cancels=[drawn], **quiet)

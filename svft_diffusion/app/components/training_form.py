@@ -13,18 +13,22 @@ from typing import Any
 import gradio as gr
 import torch
 
+from svft_diffusion.app.config import AppConfig
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
-from svft_diffusion.app.jobs.photo_upload import gather, look_at, write_captions
+from svft_diffusion.app.jobs.photo_upload import captions_of, gather, look_at, write_captions
 from svft_diffusion.app.jobs.training_estimate import Estimate, Estimates
+from svft_diffusion.app.shelf.uploads import called
 from svft_diffusion.errors import UserError
 from svft_diffusion.markdown import plain
-from svft_diffusion.models.loading import base_display_name
+from svft_diffusion.models.loading import EMBEDDED_MODEL, base_display_name, is_single_file
+from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.settings import config_from_mapping
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.memory import memory_in_words
 from svft_diffusion.training.presets import SPEEDS, SubjectPrompts, preset_settings
 
 _CAPTION_HEADERS = ["Photo", "What else is in it (optional)"]
+_MIXED_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
 _ESTIMATE = "estimate"  # concurrency_id: one dry run at a time
 _MEASURED_LATER = "The time is measured once the photos are there and the subject has a name."
 
@@ -48,10 +52,14 @@ class TrainingForm:
 
 @dataclass(frozen=True)
 class TrainingWishes:
-    """The form, filled in."""
+    """The form, filled in.
+
+    Attributes:
+        captions: rows of a photo's name and its caption; None: those that were uploaded with the photos.
+    """
 
     photos: list[str] | None
-    captions: list[list[Any]]
+    captions: list[list[Any]] | None
     class_word: str
     trigger: str
     name: str
@@ -68,41 +76,55 @@ class TrainingWishes:
         return self.name.strip() or f"{self.trigger.strip()} {self.class_word.strip()}"
 
     @contextmanager
-    def as_config(self, context: AppContext, base: str) -> Iterator[TrainingConfig]:
+    def as_config(self, context: AppContext, base: str, notes: list[str] | None = None) -> Iterator[TrainingConfig]:
         """The settings of the run; photos and captions lie in a folder that is gone afterwards.
+
+        Args:
+            notes: gets a line for each photo that is left out for its size.
 
         Raises:
             UserError: something is missing or can't be.
         """
-        prompts = self.prompts
-        with tempfile.TemporaryDirectory() as name:
+        config = context.config
+        with tempfile.TemporaryDirectory() as name, called("the upload", Path(name) / "photos"):
             folder = Path(name)
             photos = folder / "photos"
             photos.mkdir()
-            gather(self.photos or [], photos, most_pixels=context.config.max_pixels)
-            captions = {str(row[0]): str(row[1] or "") for row in self.captions if len(row) > 1 and row[0]}
+            skipped = gather(self.photos or [], photos, most_pixels=config.max_pixels)
+            if notes is not None:
+                notes += skipped
+            prompts = self.prompts  # after the photos, as on the page
+            captions = captions_of(photos.iterdir()) if self.captions is None else _typed_captions(self.captions)
             write_captions(photos, captions, prompts.instance_prompt, prompts.trigger.strip())
             settings = preset_settings(base, self.speed, prompts, folder)
-            config = context.config
             yield config_from_mapping(
                 TrainingConfig,
                 settings
                 | {
                     "instance_data_dir": photos,
-                    "base_config": config.base_config if base == config.pretrained_model_name_or_path else None,
+                    **_precision(base, config),
+                    "base_config": config.base_config if is_single_file(base) else None,
                     "factor_cache": config.factor_cache,
                     "factor_cache_size": config.factor_cache_size,
                 },
             )
 
 
+def _precision(base: str, config: AppConfig) -> dict[str, Any]:
+    """What the app draws in on a GPU, trainings of a large base compute in, too."""
+    if base == EMBEDDED_MODEL or config.dtype == "float32" or resolve_device(config.device).type != "cuda":
+        return {}
+    return {"mixed_precision": _MIXED_PRECISIONS[config.dtype]}
+
+
 def training_form(context: AppContext, shared: Shared) -> TrainingForm:
     """Place the form; its Start button is wired by whoever shows the training."""
     form, look, words, estimate = _layout(context)
     page = _FormEvents(context)
-    form.photos.change(
+    gr.on(
+        [form.photos.change, shared.base.change],
         page.look_at_photos,
-        inputs=[form.photos, shared.base],
+        inputs=[form.photos, form.captions, shared.base],
         outputs=[*look, form.captions],
         concurrency_id=QUEUE,
         concurrency_limit=1,
@@ -139,9 +161,12 @@ def training_form(context: AppContext, shared: Shared) -> TrainingForm:
 
 def _layout(context: AppContext) -> tuple[TrainingForm, list[Any], gr.Markdown, gr.Markdown]:
     base = context.config.pretrained_model_name_or_path
-    gr.Markdown("### 1. Photos\nThree to six of the subject, sharp, in different surroundings.")
+    gr.Markdown(
+        "## 1. Photos\nThree to six of the subject, sharp, in different surroundings; captions in text files of "
+        "the same names, if you have some."
+    )
     photos = gr.File(
-        label="Photos (with captions in text files of the same names, if you have some)",
+        label="Photos",
         file_count="multiple",
         file_types=["image", ".heic", ".heif", ".txt"],
         elem_id="training-photos",
@@ -168,13 +193,13 @@ def _layout(context: AppContext) -> tuple[TrainingForm, list[Any], gr.Markdown, 
             label="Say what is not the subject, such as: on the grass",
             elem_id="training-captions",
         )
-    gr.Markdown("### 2. Name")
+    gr.Markdown("## 2. Name")
     with gr.Row():
         class_word = gr.Textbox(label="Kind of thing", placeholder="dog", max_length=60, elem_id="training-class")
         trigger = gr.Textbox("sks", label="Trigger word: a rare one", max_length=60, elem_id="training-trigger")
         name = gr.Textbox(label="Name of the training (optional)", max_length=60, elem_id="training-name")
     words = gr.Markdown(_prompts_in_words("", "", base), elem_id="training-prompts")
-    gr.Markdown("### 3. How long")
+    gr.Markdown("## 3. How long")
     speed = gr.Radio(
         [(speed.capitalize(), speed) for speed in SPEEDS], value="balanced", label="Training", elem_id="training-speed"
     )
@@ -189,11 +214,11 @@ class _FormEvents:
 
     def __init__(self, context: AppContext) -> None:
         self._context = context
-        self._estimates = Estimates(context.config.training_dir)
+        self._estimates = Estimates(context.config.training_dir, context.config.device)
 
     @shows_user_errors
-    def look_at_photos(self, files: list[str] | None, base: str) -> tuple[Any, Any, Any]:
-        """The contact sheet, the notes, and a line for each caption."""
+    def look_at_photos(self, files: list[str] | None, typed: list[list[Any]], base: str) -> tuple[Any, Any, Any]:
+        """The contact sheet, the notes, and a line for each caption; those that were typed in stay."""
         if not files:
             return gr.update(value=None, visible=False), gr.update(value="", visible=False), []
         resolution = self._context.studio.open_base(base)
@@ -203,7 +228,8 @@ class _FormEvents:
         count = f"{len(look.captions)} photo{'s' if len(look.captions) > 1 else ''} can be used."
         lines = "".join(f"<li>{html.escape(note)}</li>" for note in [*skipped, *look.notes])
         notes = f"<p>{count}</p>" + (f"<ul>{lines}</ul>" if lines else "")
-        captions = [[photo, caption] for photo, caption in look.captions.items()]
+        kept = {photo: caption for photo, caption in _typed_captions(typed).items() if caption}
+        captions = [[photo, kept.get(photo, caption)] for photo, caption in look.captions.items()]
         return gr.update(value=look.sheet, visible=True), gr.update(value=notes, visible=True), captions
 
     def show_prompts(self, class_word: str, trigger: str, base: str) -> str:
@@ -229,6 +255,11 @@ class _FormEvents:
                 yield _estimate_in_words(estimate, config)
         except UserError as error:
             yield f"**{plain(str(error))}**"
+
+
+def _typed_captions(rows: list[list[Any]]) -> dict[str, str]:
+    """Caption by the name of its photo."""
+    return {str(row[0]): str(row[1] or "") for row in rows if len(row) > 1 and row[0]}
 
 
 def duration_in_words(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import math
 from collections.abc import Sequence
@@ -48,21 +47,27 @@ class TrainingView:
     history: gr.Column
     step: gr.Slider
     step_text: gr.Markdown
+    prompt: gr.Textbox
     step_samples: gr.Gallery
     use: gr.Button
     none_yet: gr.Markdown
+    delete: gr.Button
+    confirm: gr.Column
+    delete_now: gr.Button
+    keep: gr.Button
 
     @property
     def outputs(self) -> list[Any]:
         return [
             self.timer, self.seen, self.choice, self.panel, self.status, self.stop, self.losses, self.samples,
-            self.history, self.step, self.step_text, self.step_samples, self.none_yet,
+            self.history, self.step, self.step_text, self.prompt, self.step_samples, self.none_yet,
+            self.delete, self.confirm,
         ]  # fmt: skip
 
 
 def training_view() -> TrainingView:
     """Place the components, empty."""
-    gr.Markdown("### Trainings")
+    gr.Markdown("## Trainings")
     none_yet = gr.Markdown(
         "None yet. Training runs on when you close the page; its loss, samples and steps are shown here.",
         elem_id="training-none",
@@ -87,9 +92,10 @@ def training_view() -> TrainingView:
             elem_id="training-samples",
         )
         with gr.Column(visible=False, elem_id="training-history") as history:
-            gr.Markdown("#### Steps that were kept")
+            gr.Markdown("### Steps that were kept")
             step = gr.Slider(0, 1, step=1, label="Step", elem_id="training-step")
             step_text = gr.Markdown(elem_id="training-step-text")
+            prompt = gr.Textbox(label="Prompt of the samples", interactive=False, elem_id="training-prompt")
             step_samples = gr.Gallery(
                 label="Samples of this step",
                 format="png",
@@ -101,10 +107,16 @@ def training_view() -> TrainingView:
                 elem_id="training-step-samples",
             )
             use = gr.Button("Use this step", variant="primary", elem_id="training-use-step")
+        delete = gr.Button("Delete this training", visible=False, elem_id="training-delete")
+        with gr.Column(visible=False, elem_id="training-delete-confirm") as confirm:
+            gr.Markdown("Its photos, settings, samples and adapters go for good, those in the Library, too.")
+            with gr.Row():
+                delete_now = gr.Button("Delete for good", variant="stop")
+                keep = gr.Button("Keep")
     timer = gr.Timer(1.0, active=False)
     return TrainingView(
-        timer, gr.State({}), choice, panel, status, stop, losses, samples, history, step, step_text, step_samples, use,
-        none_yet,
+        timer, gr.State({}), choice, panel, status, stop, losses, samples, history, step, step_text, prompt,
+        step_samples, use, none_yet, delete, confirm, delete_now, keep,
     )  # fmt: skip
 
 
@@ -137,13 +149,15 @@ def shown(jobs: Sequence[Job], chosen: str | None, seen: Seen) -> list[Any]:
             # Once it has ended, they are those of the last step below.
             "samples": (job.id, [str(path) for path in job.samples] if job.is_active else []),
             "history": (job.id, [entry.step for entry in history]),
+            "prompt": job.prompt,
+            "delete": (job.id, job.is_active),
         }
     updates = {part: update for part, update in updates.items() if now[part] != seen.get(part)}
     if job is not None:
         updates |= _of_job(job, {part for part, value in now.items() if value != seen.get(part)})
     parts = (
-        "choice", "panel", "status", "stop", "losses", "samples", "history", "step", "step_text", "step_samples",
-        "none_yet",
+        "choice", "panel", "status", "stop", "losses", "samples", "history", "step", "step_text", "prompt",
+        "step_samples", "none_yet", "delete", "confirm",
     )  # fmt: skip
     return [updates.get("timer", gr.skip()), now, *(updates.get(part, gr.skip()) for part in parts)]
 
@@ -161,6 +175,10 @@ def _of_job(job: Job, changed: set[str]) -> dict[str, Any]:
         updates["samples"] = gr.update(value=pictures(job.samples), visible=job.is_active and bool(job.samples))
     if "history" in changed:
         updates |= _of_history([] if job.is_active else job.history)
+    if "prompt" in changed:
+        updates["prompt"] = gr.update(value=job.prompt, visible=bool(job.prompt))
+    if "delete" in changed:
+        updates |= {"delete": gr.update(visible=not job.is_active), "confirm": gr.update(visible=False)}
     return updates
 
 
@@ -222,8 +240,11 @@ def status_html(job: Job) -> str:
     said = html.escape(_state_in_words(job))
     lines.append(f'<p role="alert">{said}</p>' if job.state == "failed" else f"<p>{said}</p>")
     if job.state == "running" and job.total_steps:
+        what, done, total = "training", job.step, job.total_steps
+        if job.class_images is not None:
+            what, (done, total) = "class images", job.class_images
         lines.append(
-            f'<progress aria-label="Progress of the training" max="{job.total_steps}" value="{job.step}" '
+            f'<progress aria-label="Progress of the {what}" max="{total}" value="{done}" '
             'style="width: 100%"></progress>'
         )
     return "".join(lines)
@@ -246,9 +267,7 @@ def _state_in_words(job: Job) -> str:
         stopping = (
             " Stops after this step." if job.step else " Stops after its first step, so that there is an adapter."
         )
+    if job.class_images is not None:
+        done, total = job.class_images
+        return f"{stage}: {done} of {total}, then {job.total_steps or '?'} steps.{stopping}"
     return f"{stage}: step {job.step} of {job.total_steps or '?'}{left}.{stopping}"
-
-
-def library_id(adapter: Path) -> str:
-    """The id that the library gives to an adapter."""
-    return hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]

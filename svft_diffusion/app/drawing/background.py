@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 Event = TypeVar("Event")
 
 _LOOK_EVERY = 0.05  # seconds between two looks whether somebody still waits for a lock
+_LONGEST_SILENCE = 0.2  # seconds; who listens can leave between two events only
+_LONGEST_END = 10.0  # seconds that the end of the program waits
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing new: the work takes its time, and who listens can leave."""
 
 
 class Cancelled(Exception):
@@ -37,9 +46,17 @@ class Listener(Generic[Event]):
             if self._gone.is_set():
                 raise Cancelled
         try:
+            if self._gone.is_set():
+                raise Cancelled
             yield
         finally:
             lock.release()
+
+    def _next(self) -> Event | Waiting | _End:
+        try:
+            return self._events.get(timeout=_LONGEST_SILENCE)
+        except Empty:
+            return Waiting()
 
 
 class _End:
@@ -47,11 +64,14 @@ class _End:
         self.problem = problem
 
 
-def events_of(work: Callable[[Listener[Event]], None]) -> Generator[Event, None, None]:
+_running: dict[threading.Thread, Listener[Any]] = {}
+
+
+def events_of(work: Callable[[Listener[Event]], None]) -> Generator[Event | Waiting, None, None]:
     """The events of ``work``, which starts with the first of them and raises here what it raises.
 
-    Closing the iterator waits until the work has ended, which is when it next tells something. A listener who is slow
-    does not hold the work up.
+    Closing the iterator, which takes no time, ends the work when it next tells something. A listener who is slow does
+    not hold the work up.
     """
     listener: Listener[Event] = Listener()
 
@@ -62,14 +82,25 @@ def events_of(work: Callable[[Listener[Event]], None]) -> Generator[Event, None,
         except BaseException as problem:  # raised where the events are read
             end = _End(problem)
         listener._events.put(end)
+        _running.pop(thread, None)
 
     thread = threading.Thread(target=run, name="drawing", daemon=True)
+    _running[thread] = listener
     thread.start()
     try:
-        while not isinstance(event := listener._events.get(), _End):
+        while not isinstance(event := listener._next(), _End):
             yield event
         if event.problem is not None:
             raise event.problem
     finally:
         listener._gone.set()
-        thread.join()
+
+
+@atexit.register
+def end_all() -> None:
+    """End all work: Python must not end while a thread is in torch, which would abort the program."""
+    running = dict(_running)
+    for listener in running.values():
+        listener._gone.set()
+    for thread in running:
+        thread.join(_LONGEST_END)

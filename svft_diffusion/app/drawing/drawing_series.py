@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from svft_diffusion.app.components.adapter_cards import Card
 from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture, Step, check_request
-from svft_diffusion.app.drawing.studio import Studio
+from svft_diffusion.app.drawing.studio import Drawing, Studio
+from svft_diffusion.app.shelf.uploads import called
 from svft_diffusion.errors import UserError
 from svft_diffusion.sampling.axes import Axis, Cell
 from svft_diffusion.sampling.overview import save_sheet
@@ -19,7 +20,7 @@ SHEETS_FOLDER = "grids"
 _DIGITS = 10  # after the point: 0.8 x 0.7 is 0.56, and not 0.5599999999999999
 
 
-def draw_series(studio: Studio, requests: Sequence[PictureRequest]) -> Generator[Step | SavedPicture, None, None]:
+def draw_series(studio: Studio, requests: Sequence[PictureRequest]) -> Drawing:
     """Draw requests for one picture each, in their order; a step's picture is the number of the request.
 
     All requests are checked before anything is drawn. Closing the iterator ends the drawing at its next step.
@@ -32,13 +33,19 @@ def draw_series(studio: Studio, requests: Sequence[PictureRequest]) -> Generator
     for number, request in enumerate(requests):
         with closing(studio.draw(request, previews=True)) as events:
             for event in events:
-                yield event if isinstance(event, SavedPicture) else dataclasses.replace(event, picture=number)
+                yield dataclasses.replace(event, picture=number) if isinstance(event, Step) else event
 
 
 def cards_by_id(cards: object) -> dict[str, Card]:
     """The cards of a visitor by the ids of their adapters; what is no card is not among them."""
     given = cards if isinstance(cards, list) else []
     return {str(card.get("id")): card for card in given if isinstance(card, dict)}
+
+
+def label_of(card: Card) -> str:
+    """What lists call the adapter of a card: as `LibraryEntry.label`."""
+    title, name = card.get("title"), card.get("name")
+    return f"{title} ({name})" if title and title != name else str(name)
 
 
 def refuse_tags(prompt: str, cards: Iterable[Card]) -> None:
@@ -75,7 +82,7 @@ def with_factor(cards: object, factor: float) -> list[Card]:
 
 
 def save_cells(folder: Path, cells: Sequence[Cell], pictures: Sequence[SavedPicture], axes: Sequence[Axis]) -> Path:
-    """Write the labelled sheet of a grid into `SHEETS_FOLDER` below ``folder``; its name is that of its first picture.
+    """Write the labelled sheet of a grid into `SHEETS_FOLDER` below ``folder``, named after its first picture.
 
     Raises:
         UserError: it can't be written, or a picture is gone.
@@ -85,4 +92,9 @@ def save_cells(folder: Path, cells: Sequence[Cell], pictures: Sequence[SavedPict
     placed: list[list[Path | None]] = [[None] * len(columns) for _ in rows]
     for cell, picture in zip(cells, pictures, strict=True):
         placed[cell.row][cell.column] = picture.path
-    return save_sheet(folder / SHEETS_FOLDER / pictures[0].path.name, placed, rows, columns)
+    first = pictures[0].path
+    file, number = folder / SHEETS_FOLDER / first.name, 2
+    while file.exists():  # numbers of pictures come again when the pictures are gone; an older sheet stays
+        file, number = file.with_name(f"{first.stem}_{number}.png"), number + 1
+    with called(file.name, file), called(first.name, first):
+        return save_sheet(file, placed, rows, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,9 @@ def history_page(folder: Path, number: int) -> HistoryPage:
     if folder.is_dir():
         for file in folder.glob("*.png"):
             try:
-                if file.is_file() and not file.is_symlink():
-                    found.append((file.stat().st_mtime_ns, file.name, file))
+                facts = file.lstat()
+                if stat.S_ISREG(facts.st_mode) and facts.st_size:  # an empty one is being written
+                    found.append((facts.st_mtime_ns, file.name, file))
             except OSError:  # it is gone by now
                 continue
     files = [file for _, _, file in sorted(found, reverse=True)]
@@ -55,6 +57,7 @@ def details_of(settings: Mapping[str, Any]) -> Details:
         scheduler = f"{own_scheduler} (the base model's own)"
     values = {
         "Prompt": settings.get("prompt"),
+        "Not read": settings.get("prompt_not_read"),  # by the base model: the end of a prompt that is too long for it
         "Negative prompt": settings.get("negative_prompt"),
         "Adapters": _adapters(settings.get("adapters")) or "none",
         "Seed": settings.get("seed"),
@@ -63,6 +66,7 @@ def details_of(settings: Mapping[str, Any]) -> Details:
         "Size": size,
         "Scheduler": scheduler,
         "Base model": settings.get("base"),
+        "Safety checker": "blacked the picture out" if settings.get("blacked_out") is True else None,
         "Made with": settings.get("version"),
     }
     return [(name, str(value)) for name, value in values.items() if value not in (None, "")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from PIL import Image
 
 from svft_diffusion.adapters.weights import AdapterWeight
 from svft_diffusion.errors import UserError
+from svft_diffusion.markdown import plain
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
 from svft_diffusion.sampling.plan import check_picture_settings
 from svft_diffusion.sampling.schedulers import scheduler_name
 
 MOST_PICTURES = 16  # for one request
 LARGEST_SIDE = 4096  # pixels
+_LONGEST_SHOWN = 200  # characters of a prompt's end
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class SavedPicture:
 
     path: Path
     seed: int
+    blacked_out: bool = False  # by the base model's safety checker
+    not_read: str = ""  # the end of the prompt, where that is too long for the base model
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,28 @@ class Step:
     picture: int  # from 0
     step: int  # denoising steps done
     preview: Image.Image | None  # small, and None where it can't be had
+
+
+def words_on(pictures: Sequence[SavedPicture]) -> str:
+    """Sentences in Markdown on what nobody expects of pictures; empty if there is nothing."""
+    return " ".join(filter(None, (_words_on_hidden(pictures), _words_on_long_prompts(pictures))))
+
+
+def _words_on_hidden(pictures: Sequence[SavedPicture]) -> str:
+    """A sentence on those that the base model's safety checker has blacked out; empty if there are none."""
+    hidden = sum(picture.blacked_out for picture in pictures)
+    if not hidden:
+        return ""
+    them = f"{hidden} of them {'were' if hidden > 1 else 'was'}" if len(pictures) > 1 else "It was"
+    return f"{them} blacked out by the base model's safety checker; another seed or prompt may pass it."
+
+
+def _words_on_long_prompts(pictures: Sequence[SavedPicture]) -> str:
+    not_read = next((picture.not_read for picture in pictures if picture.not_read), "")
+    if not not_read:
+        return ""
+    shown = not_read if len(not_read) <= _LONGEST_SHOWN else f"{not_read[: _LONGEST_SHOWN - 3]}..."
+    return f"The prompt is too long for the base model, which did not read its end: {plain(shown)}"
 
 
 def check_request(request: PictureRequest) -> None:

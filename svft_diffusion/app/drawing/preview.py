@@ -78,6 +78,8 @@ def _fitted_map(pipeline: DiffusionPipeline) -> Tensor | None:
     patches = torch.rand(_PICTURES, 3, _COLORS, _COLORS, generator=generator) * 2 - 1
     pixels = functional.interpolate(patches, size=(side, side), mode="bilinear")
     latents = _encoded(vae, pixels)
+    if latents is None:
+        return None
     places = functional.adaptive_avg_pool2d(pixels, (latents.shape[-2], latents.shape[-1]))
     known, colors = (values.movedim(1, -1).flatten(0, 2) for values in (latents, places))
     if not known.isfinite().all():
@@ -87,20 +89,23 @@ def _fitted_map(pipeline: DiffusionPipeline) -> Tensor | None:
     return torch.linalg.solve(known.T @ known + penalty, known.T @ colors)
 
 
-def _encoded(vae: Any, pixels: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as the denoiser sees them, in float32 on the CPU."""
+def _encoded(vae: Any, pixels: Tensor) -> Tensor | None:
+    """Latents (B, C, h, w) as the denoiser sees them, in float32 on the CPU; None for a VAE that tells no distribution,
+    such as TAESD."""
     dtype = vae.dtype
     too_coarse = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
     if too_coarse:
         vae.to(dtype=torch.float32)  # as pipelines do to decode; the way back loses nothing
     try:
         with torch.no_grad():
-            mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     finally:
         if too_coarse:
             vae.to(dtype=dtype)
-    latents: Tensor = (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
-    return latents
+    if not hasattr(encoded, "latent_dist"):
+        return None
+    latents: Tensor = encoded.latent_dist.mean.float().cpu()
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
 def without_noise(scheduler: Any, prediction: Tensor, timestep: Any, noisy: Tensor) -> Tensor | None:

@@ -14,19 +14,25 @@ from PIL import Image
 
 from svft_diffusion.adapters.fitting import OnMismatch
 from svft_diffusion.adapters.weights import AdapterWeight
-from svft_diffusion.app.drawing.background import Listener, events_of
+from svft_diffusion.app.drawing.background import Listener, Waiting, events_of
 from svft_diffusion.app.drawing.open_base import OpenBase
 from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture, Step, check_request
+from svft_diffusion.app.shelf.uploads import called
+from svft_diffusion.errors import UserError
 from svft_diffusion.models.loading import is_single_file, resolve_base
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
-from svft_diffusion.sampling.drawing import facts_of, generate, open_pipeline
+from svft_diffusion.sampling.drawing import facts_of, generate_batch, open_pipeline, words_not_read
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.plan import picture_settings, slug
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.schedulers import DEFAULT
 from svft_diffusion.sampling.spreading import threads_of_torch
+from svft_diffusion.training.memory import is_out_of_memory
 
-__all__ = ["PictureRequest", "SavedPicture", "Step", "Studio"]
+__all__ = ["Drawing", "PictureRequest", "SavedPicture", "Step", "Studio"]
+
+Drawing = Generator[Step | SavedPicture | Waiting, None, None]
+"""What happens while pictures are drawn."""
 
 
 class Studio:
@@ -85,7 +91,7 @@ class Studio:
             opened.choose_adapters(adapters)
             yield opened.pipeline
 
-    def draw(self, request: PictureRequest, *, previews: bool = False) -> Generator[Step | SavedPicture, None, None]:
+    def draw(self, request: PictureRequest, *, previews: bool = False) -> Drawing:
         """Generate and save the pictures of a request, and tell every step and every picture.
 
         Nothing is drawn before the first event is asked for. Closing the iterator ends the drawing at its next step.
@@ -122,7 +128,7 @@ class Studio:
         for event in self.draw(request):
             if isinstance(event, SavedPicture):
                 saved.append(event)
-            elif on_step is not None:
+            elif on_step is not None and isinstance(event, Step):
                 on_step(event.picture, event.step)
         return saved
 
@@ -131,14 +137,15 @@ class Studio:
             resolve_base(base)
             # The old model goes first: two may not fit into memory. If the new one fails, the old one loads again.
             self._base = None
-            pipeline = open_pipeline(
-                base,
-                device=self._device,
-                dtype=self._dtype,
-                base_config=self._base_config if is_single_file(base) else None,
-                disable_safety_checker=self._disable_safety_checker,
-            )
-            self._base = OpenBase(base, pipeline, self.on_mismatch)
+            with _enough_memory("for this base model; close other programs that use the same device"):
+                pipeline = open_pipeline(
+                    base,
+                    device=self._device,
+                    dtype=self._dtype,
+                    base_config=self._base_config if is_single_file(base) else None,
+                    disable_safety_checker=self._disable_safety_checker,
+                )
+                self._base = OpenBase(base, pipeline, self.on_mismatch)
         return self._base
 
     def _draw(self, request: PictureRequest, number: int, previews: bool, tell: Callable[[Step], None]) -> SavedPicture:
@@ -148,11 +155,14 @@ class Studio:
         scheduler = opened.choose_scheduler(request.scheduler)
         opened.choose_adapters(request.adapters)
         seed = request.seed + number
-        with opened.previews.following(opened.pipeline) if previews else nullcontext(lambda: None) as preview:
-            image = generate(
+        with (
+            _enough_memory(f"for a picture of {width} x {height} pixels; ask for a smaller one"),
+            opened.previews.following(opened.pipeline) if previews else nullcontext(lambda: None) as preview,
+        ):
+            [(image, blacked_out)] = generate_batch(
                 opened.pipeline,
                 request.prompt,
-                seed=seed,
+                seeds=[seed],
                 num_inference_steps=request.num_inference_steps,
                 guidance_scale=request.guidance_scale,
                 negative_prompt=request.negative_prompt,
@@ -160,10 +170,14 @@ class Studio:
                 width=width,
                 on_step=lambda step: tell(Step(number, step, preview())),
             )
-        chosen = {} if scheduler == DEFAULT else {"scheduler_option": scheduler}
-        return self._save(request, seed, image, chosen | facts_of(opened.pipeline, image))
+        facts = facts_of(opened.pipeline, image)
+        facts |= {} if scheduler == DEFAULT else {"scheduler_option": scheduler}
+        facts |= {"blacked_out": True} if blacked_out else {}
+        not_read = words_not_read(opened.pipeline, request.prompt)
+        file = self._save(request, seed, image, facts | not_read)
+        return SavedPicture(file, seed, blacked_out, not_read.get("prompt_not_read", ""))
 
-    def _save(self, request: PictureRequest, seed: int, image: Image.Image, facts: dict[str, Any]) -> SavedPicture:
+    def _save(self, request: PictureRequest, seed: int, image: Image.Image, facts: dict[str, Any]) -> Path:
         settings = picture_settings(
             base=request.base,
             adapters=request.adapters,
@@ -174,11 +188,39 @@ class Studio:
             guidance_scale=request.guidance_scale,
             dtype=self._dtype,
         )
-        taken = [
-            int(number) for file in self.output_dir.glob("*_*.png") if (number := file.name.split("_")[0]).isdecimal()
-        ]
-        file_name = f"{max(taken, default=0) + 1:05d}_{slug(request.prompt)}_seed{seed}.png"
         contents = adapters_to_embed([adapter for adapter, _ in request.adapters], self._embed_adapter)
         carried = embedded_in_picture(contents, {adapter.name: weight for adapter, weight in request.adapters})
-        file = save_png(image, self.output_dir / file_name, settings | facts, carried)
-        return SavedPicture(file, seed)
+        file = self._new_file(f"{slug(request.prompt)}_seed{seed}.png")
+        try:
+            with called(file.name, file):
+                return save_png(image, file, settings | facts, carried)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+
+    def _new_file(self, name: str) -> Path:
+        """An empty file with the next number before its name, which nobody else gets, not even another app."""
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            while True:
+                numbers = (file.name.split("_")[0] for file in self.output_dir.glob("*_*.png"))
+                taken = [int(number) for number in numbers if number.isdecimal()]
+                file = self.output_dir / f"{max(taken, default=0) + 1:05d}_{name}"
+                try:
+                    file.touch(exist_ok=False)
+                except FileExistsError:
+                    continue  # another app was faster
+                return file
+        except OSError as problem:
+            raise UserError(f"can't write to the folder of the pictures: {problem.strerror or problem}") from problem
+
+
+@contextmanager
+def _enough_memory(for_what: str) -> Iterator[None]:
+    """Within the context, a lack of memory is a user's error."""
+    try:
+        yield
+    except Exception as problem:
+        if is_out_of_memory(problem):
+            raise UserError(f"there is not enough memory {for_what}") from problem
+        raise

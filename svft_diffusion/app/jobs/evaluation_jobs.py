@@ -6,21 +6,18 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 from svft_diffusion.app.jobs.evaluation_runs import Run
-from svft_diffusion.app.jobs.job_folder import RUNNING, JobFolder
+from svft_diffusion.app.jobs.job_folder import RUNNING, JobFolder, alone
 from svft_diffusion.app.jobs.job_process import start_detached
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig, check_config
 from svft_diffusion.evaluation.report import REPORT_FILE
-from svft_diffusion.files.whole_files import check_writable
 from svft_diffusion.sampling.plan import new_numbered_folder
 from svft_diffusion.training.status import FAILED, FINISHED, STOPPED
 
@@ -106,7 +103,7 @@ class EvaluationJobs:
         config = dataclasses.replace(config, run=run.folder)
         check_config(config)
         arguments = _arguments(config)
-        with self._lock():
+        with alone(self._folder, _LOCK_FILE):
             folders = self._folders()
             for one in folders:
                 if one.is_busy():
@@ -147,7 +144,7 @@ class EvaluationJobs:
         Raises:
             UserError: there is none of that id, or it has ended already.
         """
-        with self._lock():
+        with alone(self._folder, _LOCK_FILE):
             folder = next((one for one in self._folders() if one.id == id), None)
             pid = None if folder is None else folder.pid()
             if folder is None or pid is None or not folder.is_busy():
@@ -160,17 +157,6 @@ class EvaluationJobs:
                     process.wait(_SECONDS_TO_END)
                 except psutil.TimeoutExpired:
                     process.kill()
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """While entered, no other process begins or ends an evaluation."""
-        check_writable(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self._folder / _LOCK_FILE):
-                yield
-        except NotImplementedError:  # a file system without locks: the app alone may use it
-            yield
 
     def _folders(self) -> list[EvaluationFolder]:
         if not self._folder.is_dir():

@@ -80,16 +80,16 @@ def runs_below(folder: Path, names: Mapping[Path, str]) -> list[Run]:
     """
     found = dict.fromkeys(one.run for one in files_below(folder) if one.run is not None)
     kept = [run for run in found if has_history(run)]
-    kept.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+    kept.sort(key=_modified, reverse=True)
     return [Run(place_id(run), names.get(run, run.name), run, _base_of(run)) for run in kept]
 
 
 def reports_of(run: Run, folder: Path) -> list[FoundReport]:
     """The reports of a run's adapters, the latest first: those in numbered folders of ``folder``, where the command
     puts them, and those in folders of the run."""
-    kept = {hashlib.sha256(file.read_bytes()).hexdigest() for file in history_files(run.folder).values()}
+    kept = {digest for file in history_files(run.folder).values() if (digest := _digest(file)) is not None}
     files = [*folder.glob(f"*/{REPORT_FILE}"), *run.folder.glob(REPORT_FILE), *run.folder.glob(f"*/{REPORT_FILE}")]
-    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    files.sort(key=_modified, reverse=True)
     found = [_read(file) for file in files[:_MOST_REPORTS]]
     return [one for one in found if one is not None and any(row.sha256 in kept for row in one.report.rows)]
 
@@ -97,6 +97,21 @@ def reports_of(run: Run, folder: Path) -> list[FoundReport]:
 def place_id(folder: Path) -> str:
     """A name for a folder that tells nothing of where it lies."""
     return hashlib.sha256(folder.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _modified(path: Path) -> float:
+    """When; long ago, if it has gone in the meantime."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _read(file: Path) -> FoundReport | None:
@@ -124,8 +139,9 @@ def _in_order(file: Path) -> list[int | str]:
 
 def _is_picture(file: Path) -> bool:
     try:
-        if file.is_symlink() or file.read_bytes()[: len(_SIGNATURE)] != _SIGNATURE:
-            return False
+        with file.open("rb") as opened:
+            if file.is_symlink() or opened.read(len(_SIGNATURE)) != _SIGNATURE:
+                return False
         open_photo(file)
     except (OSError, UnusablePhoto):
         return False

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from svft_diffusion.app.jobs.job_process import ProcessMark, is_running
+from svft_diffusion.data.class_images import count_drawn
+from svft_diffusion.errors import UserError
 from svft_diffusion.files.training_folder import ADAPTER_FILE, METRICS_FILE
 from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.training.history import HistoryEntry, has_history, read_history, sample_files
+from svft_diffusion.training.interruption import STOP_FILE
 from svft_diffusion.training.metrics import read_metrics
-from svft_diffusion.training.status import FAILED, FINISHED, STATUS_FILE, STOPPED, STOPPING, without_folders
+from svft_diffusion.training.status import (
+    DRAWING_CLASS_IMAGES,
+    FAILED,
+    FINISHED,
+    STATUS_FILE,
+    STOPPED,
+    without_folders,
+)
 
 QUEUED, RUNNING = "queued", "running"
 ENDED = (FINISHED, STOPPED, FAILED)
@@ -34,6 +48,26 @@ _UNKNOWN_REASON = (
 )
 # The last words of a command, and of Python.
 _ERROR = re.compile(r"error: (.+)|((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Diverged|Interrupt)\b.*)")
+
+
+@contextlib.contextmanager
+def alone(folder: Path, lock_file: str) -> Iterator[None]:
+    """While entered, no other thread or process is in here with that lock in that folder, which is made for it.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    lock = FileLock(folder / lock_file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(NotImplementedError):  # a file system without locks: the app alone may use it
+            lock.acquire()
+    except OSError as problem:
+        raise UserError(f"can't write to the folder {folder.name}: {problem.strerror or problem}") from problem
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class JobFolder:
@@ -89,6 +123,14 @@ class JobFolder:
         """The trainer's ``status.json``; empty before there is one."""
         return _read_json(self.result / STATUS_FILE)
 
+    def class_images(self) -> tuple[int, int] | None:
+        """How many class images there are, and how many there shall be; None while none are drawn."""
+        wanted = self.facts().get("class_images")
+        if not isinstance(wanted, dict) or self.status().get("state") != DRAWING_CLASS_IMAGES:
+            return None
+        total = int(wanted["total"])
+        return min(count_drawn(Path(wanted["folder"])), total), total
+
     def state(self) -> str:
         """`QUEUED`, `RUNNING`, or how it ended."""
         if not self.was_started:
@@ -103,9 +145,18 @@ class JobFolder:
         """Whether its process is there, be it only to leave."""
         return self.was_started and self._works()
 
-    def is_stopping(self) -> bool:
-        """Whether it does what it was asked to, or has ended."""
-        return self.status().get("state") in (STOPPING, *ENDED)
+    def has_finished_a_step(self) -> bool:
+        """Whether there is something to save."""
+        return bool(read_metrics(self.result / METRICS_FILE))
+
+    def stop_at_once(self) -> None:
+        """Have the trainer end after what it is doing, be it before the first step."""
+        with contextlib.suppress(OSError):  # it has no folder yet
+            (self.result / STOP_FILE).touch()
+
+    def forget_stop(self) -> None:
+        """Remove a request that came too late."""
+        (self.result / STOP_FILE).unlink(missing_ok=True)
 
     def _works(self) -> bool:
         process = _read_json(self.path / _PROCESS_FILE)
@@ -142,12 +193,14 @@ class Job:
         state: queued, running, finished, stopped or failed.
         stage: while it runs, what it is doing: starting, drawing class images, encoding pictures, training, sampling,
             stopping.
+        class_images: while they are drawn, how many there are, and how many there shall be.
         step: finished steps.
         total_steps: 0 while nobody knows.
         eta_seconds: of the steps that are left; None while nobody knows.
         reason: of a failure, in one line.
         queue_position: 1 for the next; None if it does not wait.
         stop_asked: whether somebody has asked for its end.
+        prompt: of its samples.
         created: seconds since 1970.
     """
 
@@ -156,6 +209,7 @@ class Job:
     base: str
     state: str
     stage: str
+    class_images: tuple[int, int] | None
     step: int
     total_steps: int
     eta_seconds: float | None
@@ -163,6 +217,7 @@ class Job:
     reason: str | None
     queue_position: int | None
     stop_asked: bool
+    prompt: str
     created: float
     folder: JobFolder
 
@@ -206,6 +261,7 @@ def read_job(folder: JobFolder, queue_position: int | None = None) -> Job:
         base=str(facts.get("base", "")),
         state=state,
         stage=str(status.get("state", "starting")) if state == RUNNING else "",
+        class_images=folder.class_images() if state == RUNNING else None,
         step=int(status.get("step") or 0),
         total_steps=int(status.get("total_steps") or facts.get("total_steps") or 0),
         eta_seconds=status.get("eta_seconds") if state == RUNNING else None,
@@ -213,6 +269,7 @@ def read_job(folder: JobFolder, queue_position: int | None = None) -> Job:
         reason=folder.reason() if state == FAILED else None,
         queue_position=queue_position if state == QUEUED else None,
         stop_asked=folder.stop_asked.exists(),
+        prompt=str(facts.get("prompt") or ""),
         created=float(facts.get("created", 0.0)),
         folder=folder,
     )

@@ -20,8 +20,9 @@ import svft_diffusion
 # be corrected. Ids come round again much later.
 _TOLERANCE_SECONDS = 5.0
 
-COMMAND = (sys.executable, "-P", "-m", "svft_diffusion")
+PYTHON = (sys.executable, "-P", "-m")
 """With -P, modules come from where this program has its own, not from the current folder."""
+COMMAND, TRAINING = "svft_diffusion", "svft_diffusion.cli.app_training"
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,24 @@ class ProcessMark:
     started: float  # seconds since 1970
 
 
-def start_detached(arguments: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], ProcessMark]:
-    """Start ``svft-diffusion`` with ``arguments``: neither Ctrl-C nor the end of this process reaches it.
+def start_detached(
+    arguments: Sequence[str], log: Path, *, module: str = COMMAND, device: str = "auto"
+) -> tuple[subprocess.Popen[bytes], ProcessMark]:
+    """Start a module of this program with ``arguments``: neither Ctrl-C nor the end of this process reaches it.
+
+    Args:
+        device: what a training computes on, as `resolve_device` calls it; other commands have a flag for that.
 
     Raises:
         OSError: there can be no such process, or the log can't be written.
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*PYTHON, module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=_environment(device),
             **_detached(),
         )
     started = time.time()
@@ -53,20 +59,22 @@ def start_detached(arguments: Sequence[str], log: Path) -> tuple[subprocess.Pope
     return process, ProcessMark(process.pid, started)
 
 
-def run_to_the_end(arguments: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
-    """``svft-diffusion`` with ``arguments``, waited for; its output as text.
+def run_to_the_end(
+    arguments: Sequence[str], *, seconds: float, device: str = "auto"
+) -> subprocess.CompletedProcess[str]:
+    """``svft-diffusion`` with ``arguments``, waited for; its output as text. ``device`` is that of `start_detached`.
 
     Raises:
         subprocess.TimeoutExpired: it was ended after so many seconds.
         OSError: there can be no such process.
     """
     return subprocess.run(
-        [*COMMAND, *arguments],
+        [*PYTHON, COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        env=_environment(),
+        env=_environment(device),
         timeout=seconds,
     )
 
@@ -83,9 +91,16 @@ def is_running(mark: ProcessMark) -> bool:
         return False
 
 
-def _environment() -> dict[str, str]:
+def _environment(device: str) -> dict[str, str]:
     paths = [str(Path(svft_diffusion.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONIOENCODING": "utf-8"}
+    added = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONIOENCODING": "utf-8"}
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        added["ACCELERATE_USE_CPU"] = "true"
+    elif kind == "cuda" and number.isdecimal():
+        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        added["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if int(number) < len(visible) else number
+    return os.environ | added
 
 
 def _detached() -> dict[str, Any]:

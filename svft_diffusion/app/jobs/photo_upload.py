@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,17 +45,18 @@ def gather(files: Sequence[str | Path], folder: Path, *, most_pixels: int) -> li
     if len(photos) > MOST_PHOTOS:
         raise UserError(f"{len(photos)} photos are too many; choose at most {MOST_PHOTOS}")
     captions = {path.stem: path for path in paths if path.suffix.lower() == _CAPTION_SUFFIX}
-    notes, taken = [], 0
+    notes: list[str] = []
+    taken: set[str] = set()  # of a photo and its mask, two names
     for photo in photos:
         if (pixels := _pixels(photo)) > most_pixels:
             notes.append(f"skipped {photo.name}: {pixels:,} pixels are too many, {most_pixels:,} are allowed")
             continue
         # Of two photos with one name, such as IMG_1.jpg of two cameras, both are used.
-        stem = next(stem for stem in _stems(photo.stem) if not any(folder.glob(f"{_literal(stem)}.*")))
+        stem = next(stem for stem in _stems(photo.stem) if stem.casefold() not in taken)
+        taken.add(stem.casefold())
         shutil.copyfile(photo, folder / f"{stem}{photo.suffix}")
         if photo.stem in captions:
             shutil.copyfile(captions[photo.stem], folder / f"{stem}{_CAPTION_SUFFIX}")
-        taken += 1
     if not taken:
         raise UserError(f"no photo can be used: {'; '.join(notes)}")
     return notes
@@ -73,8 +74,13 @@ def look_at(folder: Path, resolution: int) -> PhotoLook:
     except UserError as error:
         raise UserError(str(error).replace(f" in {folder}", "")) from None
     skipped = [f"skipped {file.path.name}: {file.reason}" for file in report.skipped if file.is_picture]
-    captions = {picture.path.name: _caption_of(picture.path) for picture in report.pictures}
+    captions = captions_of(picture.path for picture in report.pictures)
     return PhotoLook(contact_sheet(report.pictures, cutter, all_variants=False), captions, skipped + report.notes)
+
+
+def captions_of(photos: Iterable[Path]) -> dict[str, str]:
+    """By the names of photos, the captions in the text files beside them; empty where there is none."""
+    return {photo.name: _caption_of(photo) for photo in photos}
 
 
 def write_captions(folder: Path, captions: Mapping[str, str], instance_prompt: str, trigger: str) -> None:
@@ -113,12 +119,9 @@ def _stems(stem: str) -> list[str]:
     return [short, *(f"{short}-{number}" for number in range(2, MOST_PHOTOS + 2))]
 
 
-def _literal(stem: str) -> str:
-    return "".join(f"[{character}]" if character in "[*?" else character for character in stem)
-
-
 def _caption_of(photo: Path) -> str:
     try:
-        return " ".join(photo.with_suffix(_CAPTION_SUFFIX).read_text(encoding="utf-8-sig").split())[:_LONGEST_CAPTION]
+        text = photo.with_suffix(_CAPTION_SUFFIX).read_text(encoding="utf-8-sig")
+        return " ".join(text.split())[: _LONGEST_CAPTION + 1]  # which is refused as too long
     except (OSError, UnicodeDecodeError):
         return ""

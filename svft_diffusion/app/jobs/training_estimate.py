@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -39,8 +40,9 @@ class Estimate:
 class Estimates:
     """Remembers what was measured, in a folder below that of the trainings."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "auto") -> None:
         self._folder = folder / _FOLDER
+        self._device = device
         self._measuring = threading.Lock()
 
     def known(self, config: TrainingConfig) -> Estimate | None:
@@ -59,25 +61,28 @@ class Estimates:
         with self._measuring:
             if (known := self.known(config)) is not None:
                 return known
-            measured = _dry_run(config)
-            with replace_when_whole(self._file(config), flush=False) as unfinished:
+            measured = _dry_run(config, self._device)
+            # What can't be kept is measured again.
+            with contextlib.suppress(UserError), replace_when_whole(self._file(config), flush=False) as unfinished:
                 unfinished.write_text(json.dumps(measured), encoding="utf-8")
             return _estimate(measured, config)
 
     def _file(self, config: TrainingConfig) -> Path:
         settings = {name: value for name, value in saved_settings(config).items() if name not in _WITHOUT_INFLUENCE}
+        settings["device"] = self._device
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         return self._folder / f"{name}.json"
 
 
-def _dry_run(config: TrainingConfig) -> dict[str, Any]:
+def _dry_run(config: TrainingConfig, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tried = dataclasses.replace(config, output_dir=Path(folder) / "out")
         if config.with_prior_preservation and config.prior_source == "images" and config.class_data_dir is None:
             tried = dataclasses.replace(tried, class_data_dir=Path(folder) / "class_images")
         file = write_config(tried, Path(folder) / "config.yaml")
         try:
-            ended = run_to_the_end(["train", "--config", str(file), "--dry_run", "--json"], seconds=_SECONDS_AT_MOST)
+            arguments = ["train", "--config", str(file), "--dry_run", "--json"]
+            ended = run_to_the_end(arguments, device=device, seconds=_SECONDS_AT_MOST)
         except subprocess.TimeoutExpired:
             raise UserError("the time could not be measured: two steps took too long on this machine") from None
         except OSError as problem:

@@ -15,25 +15,20 @@ import subprocess
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock
-
-from svft_diffusion.app.jobs.job_folder import ENDED, QUEUED, RUNNING, Job, JobFolder, read_job
-from svft_diffusion.app.jobs.job_process import start_detached
+from svft_diffusion.app.jobs.job_folder import ENDED, QUEUED, RUNNING, Job, JobFolder, alone, read_job
+from svft_diffusion.app.jobs.job_process import TRAINING, start_detached
 from svft_diffusion.data.captions import METADATA_FILE
 from svft_diffusion.data.dataset import mask_file
 from svft_diffusion.data.photos import scan_photos
 from svft_diffusion.errors import UserError
-from svft_diffusion.files.training_folder import METRICS_FILE
-from svft_diffusion.files.whole_files import check_writable
-from svft_diffusion.models.loading import base_display_name
+from svft_diffusion.models.loading import EMBEDDED_MODEL, hub_name
 from svft_diffusion.training.card import write_config
 from svft_diffusion.training.checks import check
 from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.interruption import STOP_FILE
-from svft_diffusion.training.metrics import read_metrics
+from svft_diffusion.training.status import without_folders
 
 __all__ = ["Job", "TrainingJobs"]
 
@@ -55,10 +50,15 @@ _CLASS_IMAGE_SETTINGS = (
 class TrainingJobs:
     """The jobs below ``folder``, each in a folder of its own; see `JobFolder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        """
+        Args:
+            device: what trainings that are put into the queue here compute on, as `resolve_device` calls it.
+        """
         self._folder = folder.absolute()
+        self._device = device
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._ended: set[str] = set()  # what has ended stays so
+        self._ended: set[tuple[str, float | None]] = set()  # what has ended stays so
         self._wake = threading.Event()
         self._thread_lock = threading.Lock()
         self._watcher: threading.Thread | None = None
@@ -75,22 +75,26 @@ class TrainingJobs:
         shown = " ".join(name.split())
         if not shown or len(shown) > _LONGEST_NAME:
             raise UserError(f"give the training a name of at most {_LONGEST_NAME} characters")
-        check_writable(self._folder)
         self._check_queue()
         job = self._new_folder(shown)
         try:
-            config = self._placed(config, job)
-            check(config)
-            write_config(config, job.config)
+            try:
+                config = self._placed(config, job)
+                check(config)
+                write_config(config, job.config)
+            except UserError as problem:  # where the server keeps photos is not for visitors
+                raise UserError(without_folders(str(problem))) from problem
             caches = {name: getattr(config, name) for name in _CACHE_SETTINGS}
-            with self._lock():
+            with alone(self._folder, _LOCK_FILE):
                 self._check_queue()
                 job.write_facts(
                     {
                         "name": shown,
                         "base": config.pretrained_model_name_or_path,
-                        "base_name": base_display_name(config.pretrained_model_name_or_path),
                         "total_steps": config.max_train_steps,
+                        "prompt": config.instance_prompt,
+                        "class_images": _wanted_class_images(config),
+                        "device": self._device,
                         "caches": {name: str(value) for name, value in caches.items() if value is not None},
                         "created": time.time(),
                     }
@@ -127,7 +131,7 @@ class TrainingJobs:
         Raises:
             UserError: there is no such job, or it has ended already.
         """
-        with self._lock():
+        with alone(self._folder, _LOCK_FILE):
             job = self.get(id)
             if job.state == QUEUED:
                 shutil.rmtree(job.folder.path, ignore_errors=True)
@@ -135,9 +139,25 @@ class TrainingJobs:
             if job.state != RUNNING:
                 raise UserError(f"this training has {job.state} already")
             if job.stop_asked:
-                _ask_to_stop(job.folder)
+                job.folder.stop_at_once()
             job.folder.stop_asked.touch()
-        self._advance()
+
+    def delete(self, id: str) -> None:
+        """Remove all that is there of a job that has ended, for good: photos, settings, samples and its adapters.
+
+        Raises:
+            UserError: there is no such job, it has not ended, or it can't be removed.
+        """
+        with alone(self._folder, _LOCK_FILE):
+            job = self.get(id)
+            if job.is_active or job.folder.is_busy():
+                raise UserError("this training has not ended; stop it first")
+            gone = job.folder.path.with_name(f".deleted-{job.id}-{time.time_ns()}")
+            try:
+                job.folder.path.rename(gone)  # all or nothing
+                shutil.rmtree(gone)
+            except OSError as problem:
+                raise UserError(f"the training can't be removed whole: {problem.strerror or problem}") from problem
 
     def _folders(self) -> list[JobFolder]:
         """First come, first served."""
@@ -173,8 +193,8 @@ class TrainingJobs:
         config = dataclasses.replace(
             config,
             output_dir=job.result,
-            pretrained_model_name_or_path=str(Path(base).absolute()) if Path(base).exists() else base,
-            base_config=config.base_config and config.base_config.absolute(),
+            pretrained_model_name_or_path=base if hub_name(base) or base == EMBEDDED_MODEL else _absolute(base),
+            base_config=config.base_config and config.base_config.expanduser().absolute(),
         )
         if config.instance_data_dir is not None:
             _copy_photos(config.instance_data_dir, job.photos)
@@ -183,23 +203,10 @@ class TrainingJobs:
             prompts = job.path / "class_prompts.txt"
             shutil.copyfile(config.class_prompts_file, prompts)
             config = dataclasses.replace(config, class_prompts_file=prompts)
-        needs_class_images = config.with_prior_preservation and config.prior_source == "images"
-        if needs_class_images and config.class_data_dir is None:
+        if _needs_class_images(config) and config.class_data_dir is None:
             folder = self._folder / _CLASS_IMAGES_FOLDER / _recipe_of_class_images(config)
             config = dataclasses.replace(config, class_data_dir=folder)
         return config
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """While entered, no other process looks at the queue to change it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._folder / _LOCK_FILE)
-        with contextlib.suppress(NotImplementedError):  # a file system without locks: the app alone may use it
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _watch(self) -> None:
         """See to it that the queue moves on also while nobody looks at the page."""
@@ -220,41 +227,49 @@ class TrainingJobs:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _advance(self) -> bool:
-        """Do what is due: pass on requests to stop, and start the next job; whether there is more to come."""
+        """Start the next job if none is at work; whether there is more to come."""
         if not self._folder.is_dir():
             return False
-        with self._lock():
+        with alone(self._folder, _LOCK_FILE):
             self._processes = [process for process in self._processes if process.poll() is None]
             waiting, busy = [], False
             for folder in self._folders():
-                if folder.id in self._ended:
+                known = folder.id, folder.facts().get("created")
+                if known in self._ended:
                     continue
                 if not folder.was_started:
                     waiting.append(folder)
                 elif folder.is_busy():
                     busy = True
-                    if folder.stop_asked.exists() and not folder.is_stopping() and _has_finished_a_step(folder):
-                        _ask_to_stop(folder)
                 elif folder.state() in ENDED:
-                    (folder.result / STOP_FILE).unlink(missing_ok=True)  # it came too late
-                    self._ended.add(folder.id)
+                    folder.forget_stop()
+                    self._ended.add(known)
             if waiting and not busy:
                 self._start(waiting[0])
         return bool(waiting) or busy
 
     def _start(self, job: JobFolder) -> None:
-        arguments = ["train", "--config", str(job.config)]
+        arguments = [str(job.path), "--config", str(job.config)]
         for name, value in job.facts().get("caches", {}).items():
             arguments += [f"--{name}", value]
         job.begin()
         try:
-            process, mark = start_detached(arguments, job.log)
+            process, mark = start_detached(
+                arguments, job.log, module=TRAINING, device=str(job.facts().get("device", "auto"))
+            )
         except OSError as problem:
-            job.log.write_text(f"error: no process can be started: {problem.strerror or problem}\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # which may be the reason
+                job.log.write_text(
+                    f"error: no process can be started: {problem.strerror or problem}\n", encoding="utf-8"
+                )
             job.give_up()
             return
         job.record(mark)
         self._processes.append(process)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _copy_photos(folder: Path, target: Path) -> None:
@@ -268,18 +283,20 @@ def _copy_photos(folder: Path, target: Path) -> None:
         shutil.copyfile(folder / METADATA_FILE, target / METADATA_FILE)
 
 
+def _needs_class_images(config: TrainingConfig) -> bool:
+    return config.with_prior_preservation and config.prior_source == "images"
+
+
+def _wanted_class_images(config: TrainingConfig) -> dict[str, Any] | None:
+    """Where they are drawn, and how many there shall be."""
+    if not _needs_class_images(config):
+        return None
+    return {"folder": str(config.class_data_dir), "total": config.num_class_images}
+
+
 def _recipe_of_class_images(config: TrainingConfig) -> str:
     """A name for the folder that trainings of the same class share, so that they don't draw it anew for each other."""
     settings = {name: str(getattr(config, name)) for name in _CLASS_IMAGE_SETTINGS}
     if config.class_prompts_file is not None:
         settings["prompts"] = config.class_prompts_file.read_text(encoding="utf-8")
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-
-def _has_finished_a_step(folder: JobFolder) -> bool:
-    return bool(read_metrics(folder.result / METRICS_FILE))
-
-
-def _ask_to_stop(folder: JobFolder) -> None:
-    with contextlib.suppress(OSError):  # it has not begun, and will be asked again
-        (folder.result / STOP_FILE).touch()

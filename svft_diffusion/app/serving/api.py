@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,21 @@ import gradio as gr
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from svft_diffusion.app.components.adapter_cards import chosen_adapters, with_card
+from svft_diffusion.app.components.training_form import TrainingWishes
 from svft_diffusion.app.context import QUEUE, AppContext, shows_user_errors
 from svft_diffusion.app.drawing.prompt_tags import with_tags
 from svft_diffusion.app.drawing.studio import PictureRequest
-from svft_diffusion.app.jobs.photo_upload import gather
 from svft_diffusion.app.jobs.training_jobs import Job
+from svft_diffusion.app.offered_bases import OfferedBases
 from svft_diffusion.app.serving.served import uploaded_file
-from svft_diffusion.app.shelf.library import LibraryEntry
-from svft_diffusion.app.shelf.uploads import called
+from svft_diffusion.app.shelf.library import LibraryEntry, id_of
 from svft_diffusion.errors import UserError
+from svft_diffusion.models.loading import base_display_name
+from svft_diffusion.sampling.adapter_choice import sha256_of
 from svft_diffusion.sampling.prompt_syntax import split_prompt
-from svft_diffusion.settings import config_from_mapping
-from svft_diffusion.training.config import TrainingConfig
-from svft_diffusion.training.presets import SubjectPrompts, preset_settings
 
 _MOST_SESSIONS = 10_000
+_NO_UPLOADS = "upload the photos first: give each of them as handle_file(PATH) of gradio_client"
 
 
 def add_endpoints(context: AppContext) -> None:
@@ -51,7 +50,8 @@ class Endpoints:
     """What the endpoints do. Their docstrings are what clients are shown."""
 
     def __init__(self, context: AppContext) -> None:
-        self._config = context.config
+        self._context = context
+        self._bases = OfferedBases(context.config)
         self._studio = context.studio
         self._library = context.library
         self._jobs = context.jobs
@@ -59,7 +59,7 @@ class Endpoints:
 
     def list_bases(self) -> list[str]:
         """The base models that can be used; the first is used where none is named."""
-        return list(self._config.bases)
+        return self._bases.labels
 
     def list_adapters(self, search: str = "", base: str = "") -> list[dict[str, Any]]:
         """The adapters of the library. "problem" is null for those that fit the base model.
@@ -68,7 +68,7 @@ class Endpoints:
             search: words that a name, title, trigger or fact must have; empty for all adapters.
             base: one of list_bases; empty for the first.
         """
-        base = self._config.offered_base(base)
+        base = self._bases.named(base)
         return [self._adapter_facts(entry, base) for entry in self._library.entries(search)]
 
     def set_weights(self, weights: dict[str, float], request: gr.Request) -> dict[str, float]:
@@ -98,7 +98,8 @@ class Endpoints:
         scheduler: str | None = None,
         base: str = "",
     ) -> list[dict[str, Any]]:
-        """Generate pictures: a list with the seed and the file of each. The file holds its settings.
+        """Generate pictures: a list with the seed and the file of each, which holds its settings, and whether the base
+        model's safety checker has blacked it out.
 
         Args:
             prompt: what to draw; may hold adapters as <adapter:NAME:0.8>, in place of their weights here.
@@ -113,7 +114,7 @@ class Endpoints:
             scheduler: such as ddim; the base model's own if left out.
             base: one of list_bases; empty for the first.
         """
-        base = self._config.offered_base(base)
+        base = self._bases.named(base)
         if weights is None:
             weights = self._weights.of(request.session_hash)
         plain_prompt, tags = split_prompt(prompt)
@@ -134,7 +135,11 @@ class Endpoints:
             )
         )
         return [
-            {"seed": picture.seed, "image": gr.FileData(path=str(picture.path), mime_type="image/png").model_dump()}
+            {
+                "seed": picture.seed,
+                "image": gr.FileData(path=str(picture.path), mime_type="image/png").model_dump(),
+                "blacked_out": picture.blacked_out,
+            }
             for picture in pictures
         ]
 
@@ -150,43 +155,47 @@ class Endpoints:
         """Train an adapter on photos of a subject, now or when the trainings before it have ended.
 
         Args:
-            name: what to call the adapter.
-            photos: uploaded files, three to six of the subject in different surroundings.
+            name: what to call the training; empty for trigger and class word.
+            photos: uploaded files, three to six of the subject in different surroundings, and captions in text files
+                of the same names, if there are some.
             class_word: what kind of thing the subject is, such as dog.
             trigger: the rare word that will stand for the subject in prompts.
             speed: quick, balanced or thorough.
             base: one of list_bases; empty for the first.
         """
-        base = self._config.offered_base(base)
+        base = self._bases.named(base)
         files = [uploaded_file(str(photo.get("path", ""))) for photo in photos]
         if None in files:
-            raise UserError("upload the photos first (gradio_client: handle_file)")
-        prompts = SubjectPrompts(trigger, class_word)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "photos"
-            folder.mkdir()
-            notes = gather([file for file in files if file is not None], folder, most_pixels=self._config.max_pixels)
-            settings = preset_settings(base, speed, prompts, Path(scratch)) | {"instance_data_dir": folder}
-            with called("the upload", folder):
-                job = self._jobs.start(config_from_mapping(TrainingConfig, settings), name)
-        return self._job_facts(self._jobs.get(job)) | {"notes": notes}
+            raise UserError(_NO_UPLOADS)
+        notes: list[str] = []
+        wishes = TrainingWishes([str(file) for file in files], None, class_word, trigger, name, speed)
+        with wishes.as_config(self._context, base, notes) as config:
+            job = self._jobs.start(config, wishes.shown_name)
+        return self._facts([self._jobs.get(job)])[0] | {"notes": notes}
 
     def training_status(self, id: str = "") -> list[dict[str, Any]]:
-        """How far trainings are, the latest first. "state" is queued, running, finished, stopped or failed; "adapter"
-        is the id of what has been trained, as soon as there is one.
+        """How far trainings are, the latest first. "state" is queued, running, finished, stopped or failed; "stage"
+        is what one that runs is doing, with a count of "class_images" while they are drawn; "stopping" is true once
+        its end was asked for; "adapter" is the id of what has been trained, as soon as there is one.
 
         Args:
             id: of one training; empty for all.
         """
-        return [self._job_facts(job) for job in ([self._jobs.get(id)] if id else self._jobs.jobs())]
+        return self._facts([self._jobs.get(id)] if id else self._jobs.jobs())
 
-    def stop_training(self, id: str) -> None:
-        """End a training after the step at hand, with its adapter saved; or take it out of the queue.
+    def stop_training(self, id: str) -> dict[str, Any]:
+        """End a training after the step at hand, with its adapter saved; or take it out of the queue. Returns its
+        status: it is "stopping" until the step has ended; out of the queue, its state is removed.
 
         Args:
             id: of the training.
         """
+        job = self._jobs.get(id)
         self._jobs.stop(id)
+        try:
+            return self._facts([self._jobs.get(id)])[0]
+        except UserError:  # it waited, and is gone
+            return self._facts([job])[0] | {"state": "removed", "queue_position": None}
 
     def _cards(self, weights: Mapping[str, float]) -> list[dict[str, Any]]:
         """Cards for adapters by id or name, as the page has them."""
@@ -221,21 +230,37 @@ class Endpoints:
             "problem": self._library.fits(entry, base),
         }
 
-    def _job_facts(self, job: Job) -> dict[str, Any]:
-        adapter = next((entry for entry in self._library.entries() if entry.file == job.adapter), None)
-        return {
-            "id": job.id,
-            "name": job.name,
-            "base": job.base,
-            "state": job.state,
-            "step": job.step,
-            "total_steps": job.total_steps,
-            "eta_seconds": job.eta_seconds,
-            "loss": job.losses[-1][1] if job.losses else None,
-            "queue_position": job.queue_position,
-            "adapter": None if adapter is None else adapter.id,
-            "reason": job.reason,
-        }
+    def _facts(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        ids = {entry.file: entry.id for entry in self._library.entries()} if any(job.adapter for job in jobs) else {}
+        return [
+            {
+                "id": job.id,
+                "name": job.name,
+                "base": base_display_name(job.base),
+                "state": job.state,
+                "stage": job.stage,
+                "stopping": job.is_active and job.stop_asked,
+                "class_images": None
+                if job.class_images is None
+                else dict(zip(("drawn", "total"), job.class_images, strict=True)),
+                "step": job.step,
+                "total_steps": job.total_steps,
+                "eta_seconds": job.eta_seconds,
+                "loss": job.losses[-1][1] if job.losses else None,
+                "queue_position": job.queue_position,
+                "adapter": None if job.adapter is None else ids.get(job.adapter) or _id_of_copy(job.adapter),
+                "reason": job.reason,
+            }
+            for job in jobs
+        ]
+
+
+def _id_of_copy(adapter: Path) -> str | None:
+    """The id of an adapter that the library lists under another path, where the same file lay before."""
+    try:
+        return id_of(sha256_of(adapter))
+    except UserError:  # damaged, or gone in this moment
+        return None
 
 
 class SessionWeights:
@@ -276,7 +301,10 @@ def _endpoint(handler: Callable[..., Any]) -> Callable[..., Any]:
             return validated(*arguments)
         except ValidationError as error:
             problem = error.errors()[0]
-            raise UserError(f"{names[problem['loc'][0]]}: {problem['msg'].lower()}") from None
+            name = names.get(problem["loc"][0], "one argument too many")
+            if name == "photos" and len(problem["loc"]) > 1:  # one of them is a path or an address
+                raise UserError(_NO_UPLOADS) from None
+            raise UserError(f"{name}: {problem['msg'].lower()}") from None
 
     checked.__signature__ = signature  # type: ignore[attr-defined]
     return shows_user_errors(checked)

@@ -16,7 +16,7 @@ from svft_diffusion.app.drawing.studio import Studio
 from svft_diffusion.app.jobs.training_jobs import TrainingJobs
 from svft_diffusion.app.page import build_page, style, theme
 from svft_diffusion.app.serving.logins import Login, read_logins
-from svft_diffusion.app.serving.security import Guard
+from svft_diffusion.app.serving.security import LOCAL_NAMES, Guard
 from svft_diffusion.app.serving.served import blocked_paths
 from svft_diffusion.app.shelf.library import Library
 from svft_diffusion.errors import UserError
@@ -33,10 +33,14 @@ def build_app(config: AppConfig) -> gr.Blocks:
     """The page of ``config``, with its base model loaded.
 
     Raises:
-        UserError: a base model, adapter or device that can't be used.
+        UserError: a base model, adapter or device that can't be used, or what `launch` would find of the settings.
     """
     base = config.pretrained_model_name_or_path
     resolve_base(base, config.base_config)
+    for other in config.base:
+        resolve_base(other)
+    _login(config)
+    _check_mcp(config)
     use_cache(config.factor_cache, config.factor_cache_size)
     studio = Studio(
         config.output_dir,
@@ -54,9 +58,10 @@ def build_app(config: AppConfig) -> gr.Blocks:
         most_upload_bytes=config.max_upload_mb * 2**20,
         most_pixels=config.max_pixels,
     )
+    library.empty_trash()
     cards = _first_cards(config, library)
     studio.open_base(base)
-    return build_page(AppContext(config, studio, library, TrainingJobs(config.training_dir)), cards)
+    return build_page(AppContext(config, studio, library, TrainingJobs(config.training_dir, config.device)), cards)
 
 
 def _first_cards(config: AppConfig, library: Library) -> list[dict[str, Any]]:
@@ -77,22 +82,19 @@ def launch(page: gr.Blocks, config: AppConfig, *, wait: bool = True) -> str:
         UserError: the port is taken, the pictures' folder can't be made, the logins can't be read, or a package is
             missing.
     """
-    login = None if config.auth_file is None else Login(read_logins(config.auth_file))
-    if config.mcp_server and importlib.util.find_spec("mcp") is None:
-        raise UserError('the MCP server needs another package: pip install "svft-diffusion[mcp]"')
+    login = _login(config)
+    _check_mcp(config)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"can't write to {config.output_dir}: {problem.strerror or problem}") from problem
-    guard = Middleware(
-        Guard,
-        most_upload_bytes=config.max_upload_mb * 2**20,
-        # With a login, or when everybody may come in, it may be reached through a proxy under any name.
-        local_only=login is None and not config.allow_public,
-    )
+    host = f"[{config.server_name}]" if config.server_name.count(":") > 1 else config.server_name
+    # With a login, or when everybody may come in, it may be reached through a proxy under any name.
+    names = LOCAL_NAMES | {host.lower()} if login is None and not config.allow_public else None
+    guard = Middleware(Guard, most_upload_bytes=config.max_upload_mb * 2**20, names=names)
     try:
         _, address, _ = page.queue(max_size=_MOST_WAITING).launch(
-            server_name=config.server_name,
+            server_name=host,
             server_port=config.server_port,
             prevent_thread_lock=True,
             quiet=True,
@@ -120,3 +122,12 @@ def launch(page: gr.Blocks, config: AppConfig, *, wait: bool = True) -> str:
     if wait:
         page.block_thread()
     return str(address)
+
+
+def _login(config: AppConfig) -> Login | None:
+    return None if config.auth_file is None else Login(read_logins(config.auth_file))
+
+
+def _check_mcp(config: AppConfig) -> None:
+    if config.mcp_server and importlib.util.find_spec("mcp") is None:
+        raise UserError('the MCP server needs another package: pip install "svft-diffusion[mcp]"')

@@ -62,8 +62,15 @@ def read_logins(file: Path) -> dict[str, StoredPassword]:
     Raises:
         UserError: it can't be read, or a line is none of `add_login`.
     """
+    logins = _logins_in(file)
+    if not logins:
+        raise UserError(f"there is no login in {file}; make one with --add_login NAME --auth_file {file}")
+    return logins
+
+
+def _logins_in(file: Path) -> dict[str, StoredPassword]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # an editor may have begun it with a mark
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"can't read the logins in {file}: {getattr(problem, 'strerror', None) or problem}") from None
     logins = {}
@@ -73,9 +80,9 @@ def read_logins(file: Path) -> dict[str, StoredPassword]:
         match = _LINE.fullmatch(line)
         if match is None or not _NAME.fullmatch(match["name"]):
             raise UserError(f"line {number} of {file} is no login; make one with --add_login NAME --auth_file {file}")
+        if match["name"] in logins:
+            raise UserError(f"line {number} of {file} is a second login of {match['name']}; remove one of the two")
         logins[match["name"]] = StoredPassword(bytes.fromhex(match["salt"]), bytes.fromhex(match["key"]))
-    if not logins:
-        raise UserError(f"there is no login in {file}; make one with --add_login NAME --auth_file {file}")
     return logins
 
 
@@ -89,11 +96,13 @@ def add_login(file: Path, name: str, password: str) -> None:
         raise UserError(f"a name has 1 to 64 characters, no colon, and no space around it; got {name!r}")
     if not SHORTEST_PASSWORD <= len(password) <= _LONGEST_PASSWORD:
         raise UserError(f"a password has {SHORTEST_PASSWORD} to {_LONGEST_PASSWORD} characters, got {len(password)}")
-    if file.exists() and file.stat().st_size and name in read_logins(file):
+    if file.exists() and name in _logins_in(file):
         raise UserError(f"{name} is in {file} already; remove that line to give another password")
     stored = StoredPassword.of(password)
     line = f"{name}:scrypt:{stored.salt.hex()}:{stored.key.hex()}\n"
     try:
+        if file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n"):
+            line = f"\n{line}"  # an editor may have left the last line open
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as out:
             out.write(line)
     except OSError as problem:
@@ -149,7 +158,8 @@ class Login:
         Raises:
             HTTPException: 429, after too many attempts.
         """
-        keys = (f"address {caller_address.get()}", f"name {hashlib.sha256(name.encode()).hexdigest()}")
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+        keys = (f"address {caller_address.get()}", f"name {digest}")
         wait = self._attempts.begin(*keys)
         if wait is not None:
             raise HTTPException(

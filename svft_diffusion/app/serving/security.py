@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.formparsers import MultiPartException
@@ -19,7 +19,7 @@ MOST_BYTES_OF_A_MESSAGE = 8 * 2**20
 # The address that the request at hand came from.
 caller_address: contextvars.ContextVar[str] = contextvars.ContextVar("caller_address", default="")
 
-_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _SERVED_FILE = re.compile(r"/file[=/]")
 
@@ -45,17 +45,17 @@ _FILE_POLICY = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; s
 class Guard:
     """Adds headers, caps bodies, and refuses requests that another site makes through a visitor's browser."""
 
-    def __init__(self, app: ASGIApp, *, most_upload_bytes: int, local_only: bool) -> None:
+    def __init__(self, app: ASGIApp, *, most_upload_bytes: int, names: Collection[str] | None) -> None:
         """
         Args:
             app: what answers.
             most_upload_bytes: of one request, whatever it says of its length.
-            local_only: answer only to names of this machine. Another site whose name its owner lets stand for
-                127.0.0.1 would otherwise be in reach of the app.
+            names: of this machine, in small letters; None: answer to any. Another site whose name its owner lets
+                stand for 127.0.0.1 would otherwise be in reach of the app.
         """
         self._app = app
         self._most_upload_bytes = most_upload_bytes
-        self._local_only = local_only
+        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,7 +78,7 @@ class Guard:
         await _capped(self._app, scope, receive, send, most_bytes)
 
     def _refusal(self, method: str, headers: Headers, most_bytes: int) -> PlainTextResponse | None:
-        if self._local_only and _host_name(headers.get("host", "")) not in _LOCAL_NAMES:
+        if self._names is not None and _host_name(headers.get("host", "")) not in self._names:
             return PlainTextResponse(
                 "This app answers on this machine's own names only. Behind a proxy, start it with --auth_file or "
                 "--allow_public.",
@@ -99,7 +99,7 @@ def _host_name(host: str) -> str:
 
 
 def _is_upload(path: str) -> bool:
-    return path.rstrip("/").endswith("/upload")
+    return path.rstrip("/").endswith("/gradio_api/upload")  # and not an event that is called so
 
 
 def _too_large(most_bytes: int) -> PlainTextResponse:

@@ -49,4 +49,12 @@ def _all_but(folder: Path, kept: list[Path]) -> set[Path]:
         inside = list(folder.iterdir())
     except OSError:
         return set()
-    return {path for one in inside for path in _all_but(one, kept)}
+    return {path for one in inside if not _leads_to(one, kept) for path in _all_but(one, kept)}
+
+
+def _leads_to(path: Path, kept: list[Path]) -> bool:
+    """Whether it is a link that is kept, for Gradio would block what it leads to."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(one.is_relative_to(target) or target.is_relative_to(one) for one in (one.resolve() for one in kept))

@@ -66,14 +66,29 @@ def save_blend(
         name: what the file is called; where there is such a name already, it gets a number.
 
     Returns:
-        The new adapter, and lines that say what it is made of and what to mind.
+        The new adapter, and lines that say what it is called, what it is made of and what to mind. What is in the
+        library already stays as it is.
 
     Raises:
         UserError: the adapters have no sum, or it can't be written.
     """
     with TemporaryDirectory() as folder, _blended(context, base, chosen, Path(folder), facts) as made:
+        known = {entry.id for entry in context.library.entries()}
         entry = context.library.add(made.file, f"{safe_name(name or DEFAULT_NAME)}.safetensors")
-        return entry, [f"in the library as {entry.name}, {entry.size / 1000:.1f} kB", *made.lines]
+        called_so = _called(entry, name.strip(), is_new=entry.id not in known)
+        return entry, [printable(f"{called_so}, {entry.size / 1000:.1f} kB"), *made.lines]
+
+
+def _called(entry: LibraryEntry, typed: str, *, is_new: bool) -> str:
+    """What the blend is called in the library, and why not as it was typed."""
+    if not is_new:
+        unused = f"; the name {typed!r} was not used" if typed not in ("", entry.name) else ""
+        return f"the same adapter is in the library already, as {entry.name}{unused}"
+    if typed in ("", entry.name):
+        return f"in the library as {entry.name}"
+    wanted = safe_name(typed)
+    why = f"{wanted} was taken" if wanted == typed else "names have letters, digits, _ and - alone"
+    return f"in the library as {entry.name}, not as {typed!r}: {why}"
 
 
 def export_blend(

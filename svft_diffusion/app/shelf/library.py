@@ -20,8 +20,10 @@ from svft_diffusion.app.shelf.uploads import (
     MOST_UPLOAD_BYTES,
     adapters_in_upload,
     called,
+    is_foreign,
     read_upload,
     shown_name,
+    start_of_upload,
     write_new,
 )
 from svft_diffusion.errors import UserError
@@ -31,6 +33,7 @@ from svft_diffusion.training.output_folder import working_alone
 
 _ID = re.compile(r"[0-9a-f]{16}")
 _DIGITS_OF_ID = 16
+DAYS_IN_TRASH = 30
 _GONE = "this adapter is no longer in the library; refresh the list and choose again"
 _STEP_NAME = re.compile(r"(.+)-step-(\d+)", re.DOTALL)
 
@@ -207,17 +210,18 @@ class Library:
             UserError: no adapter, damaged, or too large; then nothing is written.
         """
         with called(shown_name(file_name), file):
-            adapters = adapters_in_upload(self.read_upload(file, file_name), file_name, self._most_pixels)
+            content = read_upload(file, file_name, self._most_upload_bytes)
+            adapters = adapters_in_upload(content, file_name, self._most_pixels)
         with self._lock:
             return [self._taken_in(stem, data) for stem, data in adapters]
 
-    def read_upload(self, file: Path, file_name: str) -> bytes:
-        """The content of an uploaded file of whatever kind.
+    def is_foreign(self, file: Path, file_name: str) -> bool:
+        """Whether an uploaded file is none for `add`, but may be an adapter of another tool.
 
         Raises:
             UserError: it is too large, or gone.
         """
-        return read_upload(file, file_name, self._most_upload_bytes)
+        return is_foreign(start_of_upload(file, file_name, self._most_upload_bytes))
 
     def delete(self, id: str) -> str:
         """Move an adapter, its history and its copies into the trash of the library.
@@ -257,6 +261,12 @@ class Library:
                     Trash(root).restore(token)
                     return
         raise UserError("there is nothing to undo any more")
+
+    def empty_trash(self, days: float = DAYS_IN_TRASH) -> None:
+        """Remove for good what was deleted so long ago."""
+        with self._lock:
+            for root in self._roots:
+                Trash(root).empty(days)
 
     def _look(self) -> tuple[list[LibraryEntry], list[DamagedFile]]:
         found = self._found()

@@ -13,7 +13,7 @@ from svft_diffusion.adapters import load_adapter, save_adapter, unload_adapter
 from svft_diffusion.app.context import AppContext
 from svft_diffusion.app.serving.served import served_copy
 from svft_diffusion.app.shelf.library import LibraryEntry
-from svft_diffusion.app.shelf.uploads import called, is_foreign, shown_name, without_path
+from svft_diffusion.app.shelf.uploads import called, shown_name, without_path
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.export import Dtype, ExportedLora, Rank, check_arguments, export_lora
 from svft_diffusion.exchange.importing import import_adapter, recognised
@@ -160,7 +160,7 @@ def take_in(
     for file in uploads:
         label = shown_name(file.name)
         try:
-            if is_foreign(context.library.read_upload(file, file.name)):
+            if context.library.is_foreign(file, file.name):
                 foreign.append(file)
                 continue
             added = context.library.add_all(file, file.name)

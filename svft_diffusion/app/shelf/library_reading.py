@@ -15,6 +15,8 @@ from svft_diffusion.files.container import LARGEST_HEADER, refuse_other_files
 
 _GONE = "it is no longer there"
 _LENGTH_BYTES = 8  # before the header of a safetensors file
+MOST_BYTES_THAT_TELL = _LENGTH_BYTES + LARGEST_HEADER
+"""Of a file, so many at its beginning say whether it is one of ours."""
 
 
 class FileStamp(NamedTuple):
@@ -67,7 +69,7 @@ def stamp_of(status: os.stat_result) -> FileStamp:
 
 def _content_of_adapter(opened: BinaryIO, label: str) -> bytes | None:
     """All bytes of a file of ours; None for weights of other kinds, of which no more than the header is read."""
-    start = opened.read(_LENGTH_BYTES + LARGEST_HEADER)
+    start = opened.read(MOST_BYTES_THAT_TELL)
     refuse_other_files(start[:512], label)
     if names_our_format(start):
         return start + opened.read()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +36,15 @@ class Trash:
         token = uuid.uuid4().hex
         self._move([(path, self._folder / token / path.relative_to(self._root)) for path in paths])
         return token
+
+    def empty(self, days: float) -> None:
+        """Remove for good what was deleted more than so many days ago."""
+        if self._folder.is_symlink() or not self._folder.is_dir():
+            return
+        for held in self._folder.iterdir():
+            with contextlib.suppress(OSError):  # gone by another app
+                if _TOKEN.fullmatch(held.name) and time.time() - held.stat().st_mtime > days * 86400:
+                    shutil.rmtree(held)
 
     def holds(self, token: str) -> bool:
         """Whether `restore` may find something under the token, which may be any text."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from svft_diffusion.app.shelf.library_reading import names_our_format
+from svft_diffusion.app.shelf.library_reading import MOST_BYTES_THAT_TELL, names_our_format
 from svft_diffusion.errors import UserError
 from svft_diffusion.files import adapter_from_bytes
 from svft_diffusion.files.carrier import PNG_SIGNATURE
@@ -33,14 +34,24 @@ def read_upload(file: Path, file_name: str, most_bytes: int) -> bytes:
     Raises:
         UserError: it is larger than ``most_bytes``, or gone.
     """
+    return _read(file, file_name, most_bytes, -1)
+
+
+def start_of_upload(file: Path, file_name: str, most_bytes: int) -> bytes:
+    """As much of an uploaded file as tells what it is. Raises as `read_upload`."""
+    return _read(file, file_name, most_bytes, MOST_BYTES_THAT_TELL)
+
+
+def _read(file: Path, file_name: str, most_bytes: int, bytes_: int) -> bytes:
     try:
         with file.open("rb") as opened:
-            content = opened.read(most_bytes + 1)
+            if os.fstat(opened.fileno()).st_size > most_bytes:
+                raise UserError(
+                    f"{shown_name(file_name)} is larger than the {most_bytes / 2**20:.3g} MB that the app takes"
+                )
+            return opened.read(bytes_)
     except OSError as problem:
         raise UserError(f"{shown_name(file_name)} did not arrive; upload it again") from problem
-    if len(content) > most_bytes:
-        raise UserError(f"{shown_name(file_name)} is larger than the {most_bytes / 2**20:.3g} MB that the app takes")
-    return content
 
 
 def adapters_in_upload(content: bytes, file_name: str, most_pixels: int) -> list[tuple[str, bytes]]:
@@ -73,15 +84,16 @@ def check_pixels(png: bytes, label: str, most_pixels: int) -> None:
         )
 
 
-def is_foreign(content: bytes) -> bool:
-    """Whether an upload is a safetensors file that `svft-diffusion import` may know and the library does not."""
-    if content.startswith(PNG_SIGNATURE):
+def is_foreign(start: bytes) -> bool:
+    """Whether a `start_of_upload` is that of a safetensors file that `svft-diffusion import` may know and the library
+    does not."""
+    if start.startswith(PNG_SIGNATURE):
         return False
     try:
-        refuse_other_files(content[:512], "the file")
+        refuse_other_files(start[:512], "the file")
     except UserError:
         return False
-    return not names_our_format(content)
+    return not names_our_format(start)
 
 
 def new_file(folder: Path, stem: str, taken: Iterable[str] = ()) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,17 +16,23 @@ from svft_diffusion.algebra.interference import Interference
 from svft_diffusion.algebra.interference_plot import plot_png
 from svft_diffusion.algebra.interference_report import meetings_table, report_lines
 from svft_diffusion.app.components.adapter_cards import Card, chosen_adapters, multiplied, with_card
-from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress
+from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress, drawing_status
+from svft_diffusion.app.components.prompt_following import follow_prompt
+from svft_diffusion.app.components.stopping import stop_button, wire_stop
 from svft_diffusion.app.components.weight_pad import weight_pad
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
-from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture
+from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture, words_on
 from svft_diffusion.app.shelf.blend_actions import Chosen, balancing_factors, export_blend, interference_of, save_blend
+from svft_diffusion.app.tabs.generate_settings import PictureWishes
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.lora_keys import FORMATS
 from svft_diffusion.sampling.prompt_syntax import split_prompt
 
 _FORMATS = [("LoRA, kohya", "kohya"), ("LoRA, diffusers", "diffusers"), ("LoRA, ComfyUI", "comfy-full")]
 _USUAL = PictureRequest(base="", prompt="")
+
+Replaced = list[list[Card]]
+"""The cards in whose place blends were put, the last ones last."""
 
 
 def build(context: AppContext, shared: Shared) -> None:
@@ -51,11 +56,12 @@ def build(context: AppContext, shared: Shared) -> None:
 @dataclass(frozen=True)
 class _PreviewForm:
     prompt: gr.Textbox
-    seed: gr.Number
+    seed: gr.Textbox  # a number field loses digits of long ones
     steps: gr.Number
     guidance: gr.Number
     draw: gr.Button
     stop: gr.Button
+    status: gr.Markdown
     drawing: gr.HTML
     picture: gr.Image
 
@@ -84,7 +90,7 @@ class _KeepingForm:
     export: gr.Button
     download: gr.DownloadButton
     saved: gr.State  # id of the blend, or None
-    before: gr.State  # the cards that it replaced
+    before: gr.State  # Replaced
 
 
 def _preview_form() -> _PreviewForm:
@@ -93,15 +99,13 @@ def _preview_form() -> _PreviewForm:
         label="Prompt", placeholder="a photo of a red robot on the beach", lines=2, max_lines=6, elem_id="blend-prompt"
     )
     with gr.Row(equal_height=True):
-        seed = gr.Number(_USUAL.seed, label="Seed", precision=0, minimum=0, elem_id="blend-seed", **narrow)
-        steps = gr.Number(
-            _USUAL.num_inference_steps, label="Steps", precision=0, minimum=1, maximum=1000, elem_id="blend-steps",
-            **narrow,
-        )  # fmt: skip
-        guidance = gr.Number(_USUAL.guidance_scale, label="Guidance", minimum=0, maximum=1000, step=0.5, **narrow)
+        seed = gr.Textbox(str(_USUAL.seed), label="Seed", max_lines=1, elem_id="blend-seed", **narrow)
+        steps = gr.Number(_USUAL.num_inference_steps, label="Steps", precision=0, elem_id="blend-steps", **narrow)
+        guidance = gr.Number(_USUAL.guidance_scale, label="Guidance", step=0.5, elem_id="blend-guidance", **narrow)
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="blend-draw", scale=3, min_width=140)
-        stop = gr.Button("Stop", elem_id="blend-stop", scale=1, min_width=80)
+        stop = stop_button("blend-stop", draw)
+    status = drawing_status("blend-status")
     drawing = drawing_progress("blend-drawing")
     picture = gr.Image(
         label="Picture at these weights",
@@ -112,7 +116,7 @@ def _preview_form() -> _PreviewForm:
         buttons=["download", "fullscreen"],
         elem_id="blend-picture",
     )
-    return _PreviewForm(prompt, seed, steps, guidance, draw, stop, drawing, picture)
+    return _PreviewForm(prompt, seed, steps, guidance, draw, stop, status, drawing, picture)
 
 
 def _comparison_view() -> _ComparisonView:
@@ -165,18 +169,20 @@ def _keeping_form() -> _KeepingForm:
 
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-_QUIET: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden"}
 _QUEUED: dict[str, Any] = {**_PRIVATE, "concurrency_id": QUEUE, "concurrency_limit": 1}
 
 
 def _wire_preview(form: _PreviewForm, shared: Shared, events: BlendEvents) -> None:
     settings = [form.prompt, form.seed, form.steps, form.guidance]
-    shown = [form.drawing, form.picture]
-    draw = form.draw.click(
-        events.draw, [shared.base, shared.cards, *settings], shown, show_progress="hidden", **_QUEUED
+    drawn = form.draw.click(
+        events.draw,
+        [shared.base, shared.cards, *settings],
+        [form.drawing, form.status, form.picture],
+        show_progress_on=form.status,
+        **_QUEUED,
     )
-    draw.failure(lambda: None, None, form.drawing, queue=False, **_QUIET)
-    form.stop.click(lambda: None, None, form.drawing, cancels=[draw], queue=False, **_QUIET)
+    wire_stop(form.stop, drawn, form.drawing)
+    follow_prompt(shared.tabs, form.prompt, "blend")
 
 
 def _wire_comparison(view: _ComparisonView, shared: Shared, events: BlendEvents) -> None:
@@ -198,7 +204,7 @@ def _wire_keeping(form: _KeepingForm, shared: Shared, events: BlendEvents) -> No
         events.export, [*given, form.format, form.rank, form.half], [form.result, form.download], **_QUEUED
     )
     swapped = [shared.cards, form.before, form.bring_back]
-    form.replace.click(events.replace_cards, [form.saved, shared.cards], swapped, **_PRIVATE)
+    form.replace.click(events.replace_cards, [form.saved, shared.cards, form.before], swapped, **_PRIVATE)
     form.bring_back.click(events.bring_back, form.before, swapped, **_PRIVATE)
 
 
@@ -210,31 +216,22 @@ class BlendEvents:
 
     @shows_user_errors
     def draw(
-        self, base: str, cards: object, prompt: str, seed: float | None, steps: float | None, guidance: float | None
-    ) -> Iterator[tuple[Any, Any]]:
+        self, base: str, cards: object, prompt: str, seed: str, steps: int | None, guidance: float | None
+    ) -> Iterator[tuple[Any, Any, Any]]:
         """Draw one picture, and show how it comes. Closing it ends the drawing within a step."""
         if split_prompt(prompt or "")[1]:
             raise UserError("here the weights are those of the pad; leave <adapter:...> out of the prompt")
-        numbers = {"seed": seed, "number of steps": steps, "guidance": guidance}
-        for name, number in numbers.items():
-            if number is None or not math.isfinite(number):
-                raise UserError(f"the {name} is missing; fill it in")
-        request = PictureRequest(
-            base=base,
-            prompt=prompt or "",
-            adapters=tuple(self._chosen(base, cards)),
-            seed=int(seed or 0),
-            num_inference_steps=int(steps or 0),
-            guidance_scale=float(guidance or 0),
-        )
+        library, studio = self._context.library, self._context.studio
+        wishes = PictureWishes(prompt, "", seed, False, 1, steps, guidance, width=None, height=None, scheduler=None)
+        request = wishes.request(base, cards, library, studio.on_mismatch)
         progress = DrawingProgress(1, request.num_inference_steps)
-        yield progress.started(), gr.skip()
-        with closing(self._context.studio.draw(request, previews=True)) as events:
+        yield progress.started(), "", gr.skip()
+        with closing(studio.draw(request, previews=True)) as events:
             for event in events:
                 if isinstance(event, SavedPicture):
-                    yield None, str(event.path)
+                    yield None, words_on([event]), str(event.path)
                 elif (value := progress.after(event)) is not None:
-                    yield value, gr.skip()
+                    yield value, gr.skip(), gr.skip()
 
     @shows_user_errors
     def compare(self, base: str, cards: object) -> tuple[Any, ...]:
@@ -262,16 +259,20 @@ class BlendEvents:
         return _result([report]), gr.DownloadButton(value=str(file), visible=True)
 
     @shows_user_errors
-    def replace_cards(self, saved: str | None, cards: list[Card]) -> tuple[Any, ...]:
+    def replace_cards(self, saved: str | None, cards: list[Card], before: Replaced) -> tuple[Any, ...]:
         """Let the blend stand where its parts were."""
         if not saved:
             raise UserError("save the blend first")
-        entry = self._context.library.get(saved)
-        return with_card([], entry, 1.0), cards, gr.Button(interactive=True)
+        blend = with_card([], self._context.library.get(saved), 1.0)
+        return blend, [*before, cards], gr.Button(interactive=True)
 
-    def bring_back(self, before: list[Card]) -> tuple[Any, ...]:
-        """Undo `replace_cards`."""
-        return before, [], gr.Button(interactive=False)
+    @shows_user_errors
+    def bring_back(self, before: Replaced) -> tuple[Any, ...]:
+        """Undo the last `replace_cards` that is not undone."""
+        if not before:
+            raise UserError("there is nothing to bring back any more")
+        *earlier, cards = before
+        return cards, earlier, gr.Button(interactive=bool(earlier))
 
     def _chosen(self, base: str, cards: object) -> Chosen:
         return chosen_adapters(cards, self._context.library, base, self._context.studio.on_mismatch)

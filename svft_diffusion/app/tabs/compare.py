@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from svft_diffusion.app.components.adapter_cards import with_card
 from svft_diffusion.app.components.choices import new_choices
-from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress
+from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress, drawing_status
+from svft_diffusion.app.components.prompt_following import follow_prompt
 from svft_diffusion.app.components.stopping import stop_button, wire_stop
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
 from svft_diffusion.app.drawing.drawing_series import draw_series
 from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture
+from svft_diffusion.app.shelf.uploads import called
 from svft_diffusion.app.tabs import evaluation
 from svft_diffusion.app.tabs.generate_settings import PictureWishes
 from svft_diffusion.errors import UserError
@@ -63,23 +66,24 @@ class ComparisonForm:
 class ComparisonView:
     """What comes of it."""
 
+    status: gr.Markdown
     drawing: gr.HTML
     gallery: gr.Gallery
     pairs: gr.State  # Pairs
     seed: gr.Radio
     slider: gr.ImageSlider
     difference: gr.Image
-    status: gr.Markdown
+    said: gr.Markdown
 
     @property
     def closely(self) -> list[Any]:
         """What shows one pair, in the order in which handlers give it."""
-        return [self.seed, self.slider, self.difference, self.status]
+        return [self.seed, self.slider, self.difference, self.said]
 
 
 def build(context: AppContext, shared: Shared) -> None:
     """Place the tab."""
-    gr.Markdown("### Two sides on the same seeds")
+    gr.Markdown("## Two sides on the same seeds")
     with gr.Row():
         left = _side("A", _BASE, "compare-a")
         right = _side("B", _CARDS, "compare-b")
@@ -102,10 +106,11 @@ def build(context: AppContext, shared: Shared) -> None:
         [view.drawing, view.gallery, view.pairs, *view.closely],
         concurrency_id=QUEUE,
         concurrency_limit=1,
-        show_progress_on=view.drawing,
+        show_progress_on=view.status,
         **private,
     )
     wire_stop(stop, drawn, view.drawing)
+    follow_prompt(shared.tabs, form.prompt, "compare")
     view.seed.input(page.look_at, [view.pairs, view.seed], view.closely, **quiet)
     view.gallery.select(page.choose, view.pairs, view.closely, **quiet)
 
@@ -116,8 +121,6 @@ def _side(name: str, chosen: str, elem_id: str) -> Side:
         strength = gr.Number(
             1.0,
             label=f"Strength on side {name}",
-            minimum=-10,
-            maximum=10,
             step=0.05,
             visible=False,
             elem_id=f"{elem_id}-strength",
@@ -134,16 +137,13 @@ def _form() -> ComparisonForm:
     with gr.Row(equal_height=True):
         negative_prompt = gr.Textbox(label="Negative prompt", elem_id="compare-negative-prompt", scale=2, **narrow)
         seeds = gr.Textbox("0", label="Seeds, such as 0, 7 or 0:3", max_length=1000, elem_id="compare-seeds", **narrow)
-        steps = gr.Number(
-            usual.num_inference_steps, label="Steps", precision=0, minimum=1, elem_id="compare-steps", **narrow
-        )
-        guidance = gr.Number(
-            usual.guidance_scale, label="Guidance", minimum=0, step=0.5, elem_id="compare-guidance", **narrow
-        )
+        steps = gr.Number(usual.num_inference_steps, label="Steps", precision=0, elem_id="compare-steps", **narrow)
+        guidance = gr.Number(usual.guidance_scale, label="Guidance", step=0.5, elem_id="compare-guidance", **narrow)
     return ComparisonForm(prompt, negative_prompt, seeds, steps, guidance)
 
 
 def _view() -> ComparisonView:
+    status = drawing_status("compare-status")
     drawing = drawing_progress("compare-drawing")
     gallery = gr.Gallery(
         label="A and B",
@@ -177,8 +177,8 @@ def _view() -> ComparisonView:
                 buttons=["download", "fullscreen"],
                 elem_id="compare-difference",
             )
-            status = gr.Markdown(elem_id="compare-status")
-    return ComparisonView(drawing, gallery, gr.State([]), seed, slider, apart, status)
+            said = gr.Markdown(elem_id="compare-pair")
+    return ComparisonView(status, drawing, gallery, gr.State([]), seed, slider, apart, said)
 
 
 class CompareEvents:
@@ -278,11 +278,20 @@ def _look(pairs: Pairs, pair: tuple[str, str, str]) -> list[Any]:
         UserError: a picture of it is gone.
     """
     seed, *files = pair
-    apart = difference(*(read_png(file)[0] for file in files))
+    pictures = []
+    hidden = []
+    for side, file in zip("AB", map(Path, files), strict=True):
+        with called(file.name, file):
+            picture, settings = read_png(file)
+        pictures.append(picture)
+        hidden += [side] if settings.get("blacked_out") is True else []
+    apart = difference(*pictures)
     label = f"Difference, {apart.factor} times" if apart.factor > 1 else "Difference"
     text = f"Seed {seed}: A and B differ by {apart.mean:.1%} on average, by {apart.largest:.0%} at most."
     if apart.largest == 0:
         text = f"Seed {seed}: A and B are the same, bit for bit."
+    if hidden:
+        text += f" {' and '.join(hidden)} {'were' if len(hidden) > 1 else 'was'} blacked out by the safety checker."
     return [
         gr.update(choices=[one[0] for one in pairs], value=seed, visible=True),
         gr.update(value=tuple(files), visible=True),

@@ -21,6 +21,7 @@ from svft_diffusion.app.jobs.job_folder import RUNNING
 from svft_diffusion.app.serving.served import served_copy
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig
+from svft_diffusion.models.loading import is_single_file
 
 _ENDS = {"finished": "finished", "stopped": "stopped; what was drawn is kept, and Evaluate goes on with it"}
 
@@ -61,7 +62,7 @@ class EvaluationView:
 
 def build(context: AppContext, shared: Shared) -> None:
     """Place it."""
-    gr.Markdown("### How well a training did")
+    gr.Markdown("## How well a training did")
     run = gr.Dropdown([], value=None, label="Training", elem_id="evaluation-run")
     with gr.Accordion("Evaluate", open=False, elem_id="evaluation"):
         form = _form()
@@ -175,6 +176,7 @@ class EvaluationEvents:
         if num_images is None or num_class_images is None or steps is None:
             raise UserError("fill in how many pictures, and how many steps")
         config = self._config
+        base = _offered(config, run.base)
         self._jobs.start(
             run,
             EvaluationConfig(
@@ -183,8 +185,8 @@ class EvaluationEvents:
                 num_inference_steps=int(steps),
                 num_prompts=int(num_prompts or 0) or None,
                 with_base=bool(with_base),
-                pretrained_model_name_or_path=_offered(config, run.base),
-                base_config=config.base_config,
+                pretrained_model_name_or_path=base,
+                base_config=config.base_config if base is not None and is_single_file(base) else None,
                 on_mismatch=config.on_mismatch,
                 disable_safety_checker=config.disable_safety_checker,
                 device=config.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class AdapterEvents:
             {"name": entry.name, "title": entry.header.title or "", "weight": f"{entry.header.suggested_strength:g}"}
             for entry in entries
         ]
-        return [gr.update(choices=[(_label(entry), entry.id) for entry in entries]), names]
+        return [gr.update(choices=[(entry.label, entry.id) for entry in entries]), names]
 
     @shows_user_errors
     def add(self, id: str | None, cards: list[Card], base: str) -> tuple[Any, Any]:
@@ -102,10 +103,24 @@ class AdapterEvents:
 
     @shows_user_errors
     def add_uploads(self, files: list[str] | None, cards: list[Card], base: str) -> list[Any]:
-        """Take files into the library and put them onto cards."""
+        """Take files into the library and put them onto cards. What can't be keeps nothing else from it."""
+        problems: list[str] = []
+        before = cards = cards or []
         for file in map(Path, files or []):
-            for entry in self._library.add_all(file, file.name):
-                cards = self._with(cards, entry, base)
+            try:
+                entries = self._library.add_all(file, file.name)
+            except UserError as problem:
+                problems.append(str(problem))
+                continue
+            for entry in entries:
+                try:
+                    cards = self._with(cards, entry, base)
+                except UserError as problem:
+                    problems.append(str(problem))
+        if problems and cards == before:
+            raise UserError("; ".join(problems))
+        if problems:
+            gr.Warning(html.escape("; ".join(problems), quote=False))
         return [cards, *self.refresh()]
 
     def compare(self, cards: list[Card], base: str) -> list[str]:
@@ -126,8 +141,3 @@ class AdapterEvents:
         if self._studio.on_mismatch == "error" and (reason := self._library.fits(entry, base)) is not None:
             raise UserError(reason)
         return with_card(cards or [], entry)
-
-
-def _label(entry: LibraryEntry) -> str:
-    title = entry.header.title
-    return f"{title} ({entry.name})" if title and title != entry.name else entry.name

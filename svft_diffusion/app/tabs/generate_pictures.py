@@ -11,14 +11,16 @@ from typing import Any
 
 import gradio as gr
 
-from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress
+from svft_diffusion.app.components.adapter_cards import with_warnings
+from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress, drawing_status
 from svft_diffusion.app.components.picture_details import details_value, picture_details
 from svft_diffusion.app.components.stopping import wire_stop
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
 from svft_diffusion.app.drawing.gallery import details_of, history_page
-from svft_diffusion.app.drawing.picture_request import SavedPicture
+from svft_diffusion.app.drawing.picture_request import SavedPicture, words_on
 from svft_diffusion.app.drawing.recall import Recalled, read_picture, recall
-from svft_diffusion.app.tabs.generate_model import ModelPicker, OfferedBases
+from svft_diffusion.app.offered_bases import OfferedBases
+from svft_diffusion.app.tabs.generate_model import ModelPicker
 from svft_diffusion.app.tabs.generate_settings import PictureWishes, SettingsForm
 from svft_diffusion.errors import UserError
 from svft_diffusion.markdown import plain
@@ -27,7 +29,8 @@ from svft_diffusion.sampling.png import told_settings
 Visit = list[tuple[str, str]]
 """Files and captions of the pictures of a visit, the newest first."""
 
-_STOPPED = "Stopped. Pictures that were finished are kept."
+_STOPPED = "() => 'Stopped. Pictures that were finished are kept.'"
+_NOTHING = "() => null"
 _GALLERY: dict[str, Any] = {
     "format": "png",  # files go out as they were saved, with the settings inside
     "object_fit": "contain",
@@ -74,7 +77,7 @@ def pictures_view(context: AppContext) -> tuple[PicturesView, HistoryView | None
         buttons=["download", "fullscreen"],
         **_GALLERY,
     )
-    status = gr.Markdown(elem_id="picture-status")
+    status = drawing_status("picture-status")
     history = None if context.config.open_to_others else _history_view()
     with gr.Accordion("How it was made", open=True):
         details = picture_details()
@@ -132,12 +135,15 @@ class PictureEvents:
             **private,
         )
         wire_stop(stop, draw, view.drawing)
-        stop.click(lambda: _STOPPED, None, view.status, queue=False, **quiet)
+        stop.click(None, None, view.status, js=_STOPPED, **quiet)
         chosen = [view.details, view.selected]
         view.gallery.select(self.choose_of_visit, view.visit, chosen, queue=False, **quiet)
         recalled = [*self._recalled_fields, *chosen]
         self.wire_recall(view.recall, view.selected, view.details)
-        view.dropped.upload(self.recall_dropped, [view.dropped, self._shared.base], [*recalled, view.dropped], **quiet)
+        dropped = view.dropped.upload(self.recall_dropped, [view.dropped, self._shared.base], recalled, **quiet)
+        # Whatever came of it, the next picture can be dropped.
+        dropped.then(None, None, view.dropped, js=_NOTHING, **quiet)
+        dropped.failure(None, None, view.dropped, js=_NOTHING, **quiet)
         if history is not None:
             page = [history.gallery, history.files, history.number, history.position]
             history.accordion.expand(self.newest, None, page, **quiet)
@@ -215,23 +221,23 @@ class PictureEvents:
             data = file.read_bytes()
         except OSError as problem:
             raise UserError(f"{file.name} can't be read: {problem.strerror or problem}") from problem
-        return self._recalled(self._recall(data, file.name, base), selected)
+        return self._recalled(self._recall(data, file.name, base), base, selected)
 
     @shows_user_errors
     def recall_dropped(self, dropped: str | None, base: str) -> list[Any]:
         """Bring back the settings of a picture from anywhere."""
         if dropped is None:
-            return [gr.skip()] * (len(self._form.inputs) + 7)
+            return [gr.skip()] * (len(self._form.inputs) + 6)
         config, file = self._context.config, Path(dropped)
         data = read_picture(file, file.name, most_bytes=config.max_upload_mb * 2**20, most_pixels=config.max_pixels)
-        return [*self._recalled(self._recall(data, file.name, base), None), None]
+        return self._recalled(self._recall(data, file.name, base), base, None)
 
     def _recall(self, data: bytes, name: str, base: str) -> Recalled:
         config = self._context.config
         bases = tuple(dict.fromkeys([base, *config.bases]))
         return recall(data, name, self._context.library, bases, config.dtype)
 
-    def _recalled(self, recalled: Recalled, selected: str | None) -> list[Any]:
+    def _recalled(self, recalled: Recalled, base: str, selected: str | None) -> list[Any]:
         values = recalled.values | {"num_images": 1, "random_seed": False}
         if "seed" in values:
             values["seed"] = str(values["seed"])
@@ -244,7 +250,10 @@ class PictureEvents:
             gr.Warning(html.escape(f"Recalled, but {notes}", quote=False))
         else:
             gr.Info("Recalled. Generate draws this picture again.")
-        cards = gr.skip() if recalled.cards is None else recalled.cards
+        cards = gr.skip()
+        if recalled.cards is not None:
+            library, on_mismatch = self._context.library, self._context.studio.on_mismatch
+            cards = with_warnings(recalled.cards, library, recalled.base or base, on_mismatch)
         shown = details_value(details_of(recalled.settings), recalled.notes)
         return [*self._form.updates(values), *model, cards, shown, selected]
 
@@ -262,6 +271,7 @@ class PictureEvents:
 
     def _saved(self, saved: list[SavedPicture]) -> str:
         pictures = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
-        if self._context.config.open_to_others:  # they have no business with the folders of this machine
-            return f"Saved {pictures}, with the settings inside."
-        return f"Saved {pictures} in {plain(self._context.studio.output_dir.as_posix())}, with the settings inside."
+        # Others have no business with the folders of this machine.
+        folder = plain(self._context.studio.output_dir.as_posix())
+        there = "" if self._context.config.open_to_others else f" in {folder}"
+        return f"Saved {pictures}{there}, with the settings inside. {words_on(saved)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -79,7 +80,7 @@ class PictureWishes:
             "guidance": self.guidance_scale,
         }
         for name, value in numbers.items():
-            if value is None:
+            if value is None or not math.isfinite(value):
                 raise UserError(f"the {name} is missing; fill it in")
         try:
             seed = int((self.seed or "").strip())
@@ -140,9 +141,7 @@ def settings_form(prompt: gr.Textbox, negative_prompt: gr.Textbox, resolution: i
             **narrow,
         )
         random_seed = gr.Checkbox(False, label="New each time", elem_id="random-seed", scale=2, min_width=120)
-        dice = gr.Button(
-            "Roll the dice", size="md", elem_id="dice", elem_classes="beside-field", scale=1, min_width=120
-        )
+        dice = gr.Button("Roll dice", size="md", elem_id="dice", elem_classes="beside-field", scale=1, min_width=120)
     with gr.Row():
         num_images = gr.Number(1, label="Pictures", elem_id="num-images", **whole)
         steps = gr.Number(_USUAL.num_inference_steps, label="Steps", elem_id="steps", **whole)

@@ -12,13 +12,20 @@ import gradio as gr
 
 from svft_diffusion.app.components.adapter_cards import Card
 from svft_diffusion.app.components.choices import new_choices
-from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress
+from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress, drawing_status
 from svft_diffusion.app.components.picture_details import details_value, picture_details
 from svft_diffusion.app.components.stopping import stop_button, wire_stop
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
-from svft_diffusion.app.drawing.drawing_series import cards_by_id, draw_series, refuse_tags, save_cells, with_weights
+from svft_diffusion.app.drawing.drawing_series import (
+    cards_by_id,
+    draw_series,
+    label_of,
+    refuse_tags,
+    save_cells,
+    with_weights,
+)
 from svft_diffusion.app.drawing.gallery import details_of
-from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture
+from svft_diffusion.app.drawing.picture_request import PictureRequest, SavedPicture, words_on
 from svft_diffusion.app.tabs import before_after
 from svft_diffusion.app.tabs.generate_settings import PictureWishes, SettingsForm
 from svft_diffusion.errors import UserError
@@ -153,7 +160,7 @@ def _values_field(value: str, label: str, elem_id: str) -> gr.Textbox:
 
 def _grid_view() -> GridView:
     drawing = drawing_progress("grid-drawing")
-    status = gr.Markdown(elem_id="grid-status")
+    status = drawing_status("grid-status")
     cells = gr.Gallery(
         label="Cells",
         format="png",  # files go out as they were saved, with the settings inside
@@ -244,7 +251,9 @@ class GridEvents:
                 elif (value := progress.after(event)) is not None:
                     yield [value, *[stay] * 4]
         sheet = save_cells(self._context.studio.output_dir, cells, saved, axes)
-        status = f"Saved {len(saved)} pictures, and a labelled sheet of them: `{sheet.as_posix()}`"
+        # Others have no business with the folders of this machine.
+        there = "" if self._context.config.open_to_others else f": {plain(sheet.as_posix())}"
+        status = f"Saved {len(saved)} pictures, and a labelled sheet of them{there}. {words_on(saved)}"
         yield [None, status, stay, stay, gr.update(value=str(sheet), visible=True)]
 
     def choose(self, files: list[str], event: gr.SelectData) -> tuple[Any, ...]:
@@ -268,8 +277,8 @@ class GridEvents:
 
 
 def _axes(cards: object) -> list[tuple[str, str]]:
-    """What an axis can be: titles, and what handlers are given."""
-    weights = [(f"Weight of {card.get('title')}", f"{WEIGHT}:{id}") for id, card in cards_by_id(cards).items()]
+    """What an axis can be: labels, and what handlers are given."""
+    weights = [(f"Weight of {label_of(card)}", f"{WEIGHT}:{id}") for id, card in cards_by_id(cards).items()]
     return [*weights, *((title, kind) for kind, title in _TITLES.items())]
 
 
@@ -281,18 +290,18 @@ def _kind_of(axis: str | None) -> str:
     return (axis or _NOTHING).partition(":")[0]
 
 
-def _read_axes(cards: object, across: str, across_text: str, down: str, down_text: str) -> list[Axis]:
+def _read_axes(cards: object, across: str | None, across_text: str, down: str | None, down_text: str) -> list[Axis]:
     """The axes that the form asks for.
 
     Raises:
         UserError: see `svft_diffusion.sampling.axes.parse_axis`; or an adapter that is on no card.
     """
-    typed = [("columns", across, across_text), ("rows", down, down_text)]
-    return [_read_axis(cards, *one) for one in typed if _kind_of(one[1]) != _NOTHING]
+    axes = [_read_axis(cards, "columns", across, across_text)]
+    return axes if _kind_of(down) == _NOTHING else [*axes, _read_axis(cards, "rows", down, down_text)]
 
 
-def _read_axis(cards: object, side: str, axis: str, text: str) -> Axis:
-    kind, _, id = axis.partition(":")
+def _read_axis(cards: object, side: str, axis: str | None, text: str) -> Axis:
+    kind, _, id = (axis or _NOTHING).partition(":")
     card: Card = {}
     if kind == WEIGHT:
         card = cards_by_id(cards).get(id, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +14,10 @@ import gradio as gr
 from svft_diffusion.app.assets import asset
 from svft_diffusion.app.components.adapter_cards import with_card
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
+from svft_diffusion.app.jobs.job_folder import JobFolder
 from svft_diffusion.app.shelf.library import LibraryEntry
 from svft_diffusion.app.shelf.library_actions import AS_IT_IS, ForeignOptions, details, export, take_in, verify
+from svft_diffusion.app.shelf.sample_thumbnail import sample_thumbnail
 from svft_diffusion.errors import UserError
 from svft_diffusion.exchange.conversion import PATTERNS
 from svft_diffusion.models.loading import base_display_name
@@ -44,6 +47,7 @@ class LibraryHandlers:
         self._context = context
         self._library = context.library
 
+    @shows_user_errors
     def listed(self, search: str | None, base: str, number: int, chosen: str | None) -> Iterator[ListValue]:
         """The list, at first without comparing adapters to the base, which takes seconds for a large one."""
         search = search or ""  # None: the page is not there yet
@@ -60,31 +64,37 @@ class LibraryHandlers:
             "chosen": chosen,
         }
         yield value
-        yield {**value, "cards": [_card(entry, *self._fit(entry, base)) for entry in entries]}
+        cards = [_card(entry, *self._fit(entry, base)) for entry in entries]
+        yield {
+            **value,
+            "cards": [card | {"addable": card["state"] == "fits" or not self._refuses_strangers} for card in cards],
+        }
 
     @shows_user_errors
-    def add_card(self, cards: list[dict[str, Any]], base: str, event: gr.EventData) -> tuple[Any, Any]:
-        """Put an adapter on the cards of Generate, and go there."""
+    def add_card(self, cards: list[dict[str, Any]], base: str, event: gr.EventData) -> Any:
+        """Put an adapter on the cards of Generate, and say so; the list stays, for there may be more to add."""
         return self.added(cards, base, _id_of(event))
 
     @shows_user_errors
-    def add_step(self, cards: list[dict[str, Any]], base: str, step: str | None) -> tuple[Any, Any]:
+    def add_step(self, cards: list[dict[str, Any]], base: str, step: str | None) -> Any:
         """`add_card` for a step of a history."""
         if not step:
             raise UserError("choose a step of the training first")
         return self.added(cards, base, step)
 
-    def added(self, cards: list[dict[str, Any]], base: str, id: str) -> tuple[Any, Any]:
-        """The cards with one more, and the tab to show.
+    def added(self, cards: list[dict[str, Any]], base: str, id: str) -> Any:
+        """The cards with one more.
 
         Raises:
             UserError: it is gone, unfit for the base, or there already.
         """
         entry = self._library.get(id)
         reason = self._library.fits(entry, base)
-        if reason is not None and self._context.studio.on_mismatch == "error":
+        if reason is not None and self._refuses_strangers:
             raise UserError(reason)
-        return with_card(cards, entry), gr.Tabs(selected="generate")
+        added = with_card(cards, entry)
+        gr.Info(f"{html.escape(entry.name)} is on Generate now")
+        return added
 
     @shows_user_errors
     def show_details(self, event: gr.EventData) -> tuple[Any, ...]:
@@ -154,7 +164,7 @@ class LibraryHandlers:
     def import_files(
         self, files: list[str] | None, base: str, pattern: str, off_diagonals: float | None, together: bool
     ) -> tuple[Any, Any]:
-        """Take uploaded files into the library; what can't be taken in stays in the form."""
+        """Take uploaded files into the library. If none can be taken in, the form stays as it is."""
         if not files:
             raise UserError("choose files to import first")
         options = ForeignOptions(
@@ -167,13 +177,18 @@ class LibraryHandlers:
             raise UserError("; ".join(lines))
         return None, _report("\n".join(lines))
 
+    @property
+    def _refuses_strangers(self) -> bool:
+        """Whether adapters of other bases can't be added."""
+        return self._context.studio.on_mismatch == "error"
+
     def _left_of_training(self, entry: LibraryEntry) -> list[str]:
-        """What a visitor should hear of the photos that the adapter was trained on."""
+        """What a visitor should hear of the photos that the adapter was trained on, while they are there."""
         folder = self._context.config.training_dir.absolute()
         if not entry.file.is_relative_to(folder):
             return []
-        job = entry.file.relative_to(folder).parts[0]
-        return [f"the photos of its training stay in the folder {folder.name}/{printable(job)} on the server"]
+        job = JobFolder(folder / entry.file.relative_to(folder).parts[0])
+        return ["the photos of its training stay until you delete that under Train"] if job.photos.exists() else []
 
     def _chosen(self, chosen: str | None) -> LibraryEntry:
         if not chosen:
@@ -251,7 +266,7 @@ def build(context: AppContext, shared: Shared) -> None:
     found.come_into_view(**listing)
     search.change(**listing, trigger_mode="always_last")
     found.show_more(lambda shown: shown + CARDS_AT_ONCE, number, number, **private)
-    to_generate: dict[str, Any] = {**private, "outputs": [shared.cards, shared.tabs]}
+    to_generate: dict[str, Any] = {**private, "outputs": shared.cards}
     found.add_card(handlers.add_card, [shared.cards, shared.base], **to_generate)
     add_step.click(handlers.add_step, [shared.cards, shared.base, history], **to_generate)
     found.show_details(
@@ -283,9 +298,10 @@ def _card(entry: LibraryEntry, fit: str, state: str) -> dict[str, Any]:
         "name": printable(entry.name, _LONGEST_TITLE),
         "title": printable(header.title or entry.name, _LONGEST_TITLE),
         "facts": [[name, printable(fact, _LONGEST_FACT)] for name, fact in facts.items() if fact],
-        "thumbnail": _data_uri(header.thumbnail),
+        "thumbnail": _data_uri(header.thumbnail or sample_thumbnail(entry.file)),
         "fit": fit,
         "state": state,
+        "addable": True,
     }
 
 

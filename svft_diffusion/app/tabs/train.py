@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import base64
 from typing import Any
 
 import gradio as gr
@@ -13,14 +13,25 @@ from svft_diffusion.app.components.training_form import TrainingForm, TrainingWi
 from svft_diffusion.app.components.training_view import (
     Seen,
     TrainingView,
-    library_id,
     nearest,
     of_step,
     shown,
     training_view,
 )
 from svft_diffusion.app.context import AppContext, Shared, shows_user_errors
+from svft_diffusion.app.shelf.library import id_of
+from svft_diffusion.app.shelf.sample_thumbnail import sample_thumbnail
+from svft_diffusion.app.shelf.uploads import called
 from svft_diffusion.errors import UserError
+from svft_diffusion.models.loading import base_display_name
+from svft_diffusion.sampling.adapter_choice import sha256_of
+
+# `prompt_completion.js` listens to the event.
+_INTO_AN_EMPTY_PROMPT = """(text) => {
+  const field = document.querySelector("#prompt textarea");
+  if (text && field && !field.value.trim())
+    window.dispatchEvent(new CustomEvent("svft-insert", { detail: { text } }));
+}"""
 
 
 def build(context: AppContext, shared: Shared) -> None:
@@ -39,6 +50,9 @@ def _wire(form: TrainingForm, view: TrainingView, shared: Shared, page: _Trainin
     quiet = private | {"show_progress": "hidden"}
     form.start.click(page.start, [*form.inputs, shared.base, view.seen], view.outputs, **private)
     view.stop.click(page.stop, looks, view.outputs, **private)
+    view.delete.click(lambda: gr.update(visible=True), None, view.confirm, **quiet)
+    view.keep.click(lambda: gr.update(visible=False), None, view.confirm, **quiet)
+    view.delete_now.click(page.delete, looks, view.outputs, **private)
     view.choice.input(page.refresh, looks, view.outputs, **quiet)
     view.timer.tick(page.refresh, looks, view.outputs, trigger_mode="once", **quiet)
     # A page that comes later, be it on another machine, and one that comes back to this tab.
@@ -54,7 +68,7 @@ def _wire(form: TrainingForm, view: TrainingView, shared: Shared, page: _Trainin
     )
     view.use.click(
         page.use_step, [view.choice, view.step, shared.cards, shared.base], [shared.cards, shared.tabs], **private
-    )
+    ).success(None, view.prompt, None, js=_INTO_AN_EMPTY_PROMPT, **quiet)
 
 
 class _TrainingEvents:
@@ -83,6 +97,14 @@ class _TrainingEvents:
         self._context.jobs.stop(id)
         return self._shown(id, seen)
 
+    @shows_user_errors
+    def delete(self, id: str | None, seen: Seen) -> list[Any]:
+        """Remove the training for good, if it is the one that the page shows."""
+        if id is None or (seen or {}).get("delete", ("",))[0] != id:
+            raise UserError("choose a training from the list first")
+        self._context.jobs.delete(id)
+        return self._shown(None, seen)
+
     def refresh(self, id: str | None, seen: Seen) -> list[Any]:
         """What has changed."""
         return self._shown(id, seen)
@@ -101,22 +123,26 @@ class _TrainingEvents:
 
     @shows_user_errors
     def use_step(self, id: str | None, step: float, cards: list[dict[str, Any]], base: str) -> tuple[Any, Any]:
-        """Put that step's adapter beside the others on Generate, and go there."""
+        """Put that step's adapter beside the others on Generate, and go there. Its card shows a sample."""
         job = self._context.jobs.get(id or "")
         entry = nearest(job.history, step)
         if entry is None:
             raise UserError("this training has kept no steps")
         library = self._context.library
+        with called(f"the adapter of step {entry.step}", entry.adapter):
+            adapter_id = id_of(sha256_of(entry.adapter))
         try:
-            adapter = library.get(library_id(entry.adapter))
-        except OSError as problem:
-            raise UserError(f"the adapter of step {entry.step} can't be read: {problem.strerror}") from None
+            adapter = library.get(adapter_id)
         except UserError:  # of a training that has no result, or outside of the library
             adapter = library.add(entry.adapter, f"{job.id}-step-{entry.step}.safetensors")
         if (reason := library.fits(adapter, base)) is not None:
-            raise UserError(f"{reason}; choose {html.escape(job.base)} as the base model on Generate")
-        there_already = any(card.get("id") == adapter.id for card in cards or [])
-        return (gr.skip() if there_already else with_card(cards or [], adapter)), gr.Tabs(selected="generate")
+            raise UserError(f"{reason}; choose {base_display_name(job.base)} as the base model on Generate")
+        if any(card.get("id") == adapter.id for card in cards or []):
+            return gr.skip(), gr.Tabs(selected="generate")
+        *others, card = with_card(cards or [], adapter)
+        if not card["thumbnail"] and (jpeg := sample_thumbnail(entry.adapter, entry.step)) is not None:
+            card["thumbnail"] = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+        return [*others, card], gr.Tabs(selected="generate")
 
     def _shown(self, id: str | None, seen: Seen) -> list[Any]:
         return shown(self._context.jobs.jobs(), id, seen or {})
