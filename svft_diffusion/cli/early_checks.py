@@ -74,9 +74,8 @@ def check_port_is_free(address: str, port: int) -> None:
             address.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as tried:
-            if (
-                os.name == "posix"
-            ):  # a port that was left a moment ago is free; on Windows the option means another thing
+            if os.name == "posix":  # on Windows the option would let two programs share a port
+                # One that was left a moment ago is free.
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(place)
     except OSError as problem:
