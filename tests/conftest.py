@@ -35,6 +35,12 @@ def _chosen_cache() -> Iterator[None]:
     configure_cache(None, None)
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No base model is asked for over the network; without one, that takes 20 seconds of trying again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _heard_signals() -> None:
     """Who starts the tests in the background, or with nohup, has them ignore what some of them send to themselves."""

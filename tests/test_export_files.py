@@ -201,6 +201,7 @@ def test_learned_tokens_are_named_as_left_out(
     assert json.loads(capsys.readouterr().out)["left_out_tokens"] == {"text_encoder": ["<dog>", "<dog>_1"]}
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_bad_input_is_one_line_and_exit_code_2(
     models: ModelsOnDisk, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_what_is_read_is_not_written_to(
 
 
 @either_output
+@pytest.mark.usefixtures("no_hub")
 def test_adapters_and_outputs_that_do_not_fit(
     name: str, models: ModelsOnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

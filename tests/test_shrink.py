@@ -428,6 +428,7 @@ def test_learned_tokens_stay_and_count(tmp_path: Path, value_dtype: str, capsys:
         (["--base", "{other}", "--keep", "5"], "trained on"),
     ],
 )
+@pytest.mark.usefixtures("no_hub")
 def test_the_command_refuses_in_one_line(
     tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

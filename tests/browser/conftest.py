@@ -34,7 +34,11 @@ LOOKS: dict[str, dict[str, Any]] = {
     "dark phone": {"viewport": PHONE, "color_scheme": "dark"},
 }
 
-CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+# The last ones keep the browser itself from asking other hosts.
+CHROMIUM_OPTIONS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
+]  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "/usr/bin/chromium", "google-chrome")
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_TRAIN = 600.0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 gradio = pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 from svft_diffusion.app.components.adapter_cards import adapter_cards  # noqa: E402
 
@@ -81,18 +81,9 @@ def address() -> Iterator[str]:
     page.close()
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(address: str, chromium: Any) -> Iterator[Visit]:
-    visit = Visit(chromium.new_page(viewport={"width": 390, "height": 800}))
+def visit(address: str, browser: Any) -> Iterator[Visit]:
+    visit = Visit(browser.new_page(viewport={"width": 390, "height": 800}))
     visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.on("dialog", lambda dialog: (visit.dialogs.append(dialog.message), dialog.dismiss()))
     visit.page.goto(address)

@@ -10,6 +10,8 @@ const MENDS = {
     'aria-label': 'More files',
     title: 'More files',
   },
+  // A notice is a button around the button that closes it.
+  '.toast-header[role=button]': { role: 'group', tabindex: '-1' },
 };
 
 function mend() {
