@@ -10,7 +10,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
@@ -471,4 +473,16 @@ def test_mcp_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = AppConfig(mcp_server=True, adapters_dir=tmp_path / "adapters", output_dir=tmp_path / "pictures")
     with pytest.raises(UserError, match=r"svft-diffusion\[mcp\]"):
+        launch(small_page(), config, wait=False)
+
+
+def test_mcp_of_a_version_that_cannot_serve_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    empty = ModuleType("mcp")
+    empty.__spec__ = ModuleSpec("mcp", None)
+    monkeypatch.setitem(sys.modules, "mcp", empty)
+    monkeypatch.delitem(sys.modules, "gradio.mcp", raising=False)
+    config = AppConfig(
+        mcp_server=True, server_port=free_port(), adapters_dir=tmp_path / "adapters", output_dir=tmp_path / "pictures"
+    )
+    with pytest.raises(UserError, match=r"the MCP server did not start .*svft-diffusion\[mcp\]"):
         launch(small_page(), config, wait=False)

@@ -118,6 +118,9 @@ def launch(page: gr.Blocks, config: AppConfig, *, wait: bool = True) -> str:
         raise UserError(
             f"can't listen on {config.server_name}:{config.server_port} ({problem}); choose another --server_port"
         ) from problem
+    if config.mcp_server and page.mcp_error is not None:  # Gradio goes on without
+        page.close()
+        raise UserError(f'the MCP server did not start ({page.mcp_error}): pip install "svft-diffusion[mcp]"')
     print(f"The app is at {address} (Ctrl+C stops it)", flush=True)
     if wait:
         page.block_thread()
