@@ -81,31 +81,13 @@ def training_view() -> TrainingView:
         losses = gr.LinePlot(
             x="step", y="loss", label="Loss", x_title="step", y_title="loss", height=220, elem_id="training-losses"
         )
-        samples = gr.Gallery(
-            label="Newest samples",
-            format="png",
-            columns=2,
-            height="auto",
-            object_fit="contain",
-            interactive=False,
-            buttons=["fullscreen"],
-            elem_id="training-samples",
-        )
+        samples = _samples("Newest samples", "training-samples")
         with gr.Column(visible=False, elem_id="training-history") as history:
             gr.Markdown("### Steps that were kept")
             step = gr.Slider(0, 1, step=1, label="Step", elem_id="training-step")
             step_text = gr.Markdown(elem_id="training-step-text")
             prompt = gr.Textbox(label="Prompt of the samples", interactive=False, elem_id="training-prompt")
-            step_samples = gr.Gallery(
-                label="Samples of this step",
-                format="png",
-                columns=2,
-                height="auto",
-                object_fit="contain",
-                interactive=False,
-                buttons=["fullscreen"],
-                elem_id="training-step-samples",
-            )
+            step_samples = _samples("Samples of this step", "training-step-samples")
             use = gr.Button("Use this step", variant="primary", elem_id="training-use-step")
         delete = gr.Button("Delete this training", visible=False, elem_id="training-delete")
         with gr.Column(visible=False, elem_id="training-delete-confirm") as confirm:
@@ -271,3 +253,16 @@ def _state_in_words(job: Job) -> str:
         done, total = job.class_images
         return f"{stage}: {done} of {total}, then {job.total_steps or '?'} steps.{stopping}"
     return f"{stage}: step {job.step} of {job.total_steps or '?'}{left}.{stopping}"
+
+
+def _samples(label: str, elem_id: str) -> gr.Gallery:
+    return gr.Gallery(
+        label=label,
+        format="png",
+        columns=2,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id=elem_id,
+    )
