@@ -282,7 +282,7 @@ def test_one_picture_is_drawn_at_the_weights(world: World) -> None:
     cards = world.cards(rex=0.7, cat=0.4)
     seed = 2**53 + 1  # which no number field of a page holds
     shown = list(events.draw(world.base, cards, "a sks dog", str(seed), 2, 4.0))
-    assert shown[0][0]["total"] == 2 and shown[-1][:2] == (None, "")
+    assert shown[0][0]["total"] == 2 and shown[-1][1] == ""
     request = PictureRequest(world.base, "a sks dog", tuple(world.chosen(cards)), seed=seed, num_inference_steps=2)
     (expected,) = (event for event in world.context.studio.draw(request) if isinstance(event, SavedPicture))
     assert Image.open(shown[-1][2]).tobytes() == Image.open(expected.path).tobytes()

@@ -169,7 +169,6 @@ def test_what_cannot_be_drawn_says_why_and_changes_nothing(page: Page, fields: d
 def test_drawing_shows_every_picture_as_it_was_saved(page: Page) -> None:
     updates = page.draw(page.cards(dog=1.0), num_images=2, negative_prompt="a cat")
     assert updates[0][0] == "5" and updates[0][1]["text"] == "Preparing"
-    assert updates[-1][1] is None  # nothing is being drawn any more
     assert any(update[1]["picture"].startswith("data:image/jpeg") for update in updates if "picture" in update[1] or {})
     last = [update for update in updates if isinstance(update[3], list)][-1]
     captions = [caption for _, caption in last[3]]

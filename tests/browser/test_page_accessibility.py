@@ -70,6 +70,19 @@ def test_axe_finds_nothing_serious_and_nothing_leaves_the_screen(
         assert page.evaluate("document.documentElement.scrollWidth") == LOOKS[look]["viewport"]["width"], tab
 
 
+def test_axe_finds_nothing_serious_while_the_page_waits(new_page: NewPage, furnished: Server) -> None:
+    page = visit(new_page, furnished, "light")
+    held: list[Any] = []
+    page.route("**/queue/join*", lambda route: held.append(route))
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_timeout(1000)
+    assert held and violations(page) == []
+    open_tab(page, "Train")
+    page.get_by_label("Quick").check()
+    page.locator("#training-estimate .wrap.translucent").wait_for(state="attached")
+    assert violations(page) == []
+
+
 def test_the_tab_key_reaches_every_control(new_page: NewPage, furnished: Server) -> None:
     page = visit(new_page, furnished, "light")
     for tab in TABS:

@@ -164,6 +164,26 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
     assert visit.page.locator(".toast-body").count() == 0
 
 
+def test_a_stop_that_takes_its_time_says_so_until_the_next_picture_can_be_asked_for(app: App) -> None:
+    visit = app.visit()
+    visit.fill("width", 256)
+    visit.fill("steps", 1000)
+    visit.generate()
+    visit.page.wait_for_function("/step \\d+ of 1000/.test(document.querySelector('#drawing p').textContent)")
+    held: list[Any] = []
+    visit.page.route("**/cancel*", lambda route: held.append(route))
+    visit.page.keyboard.press("Escape")
+    visit.page.wait_for_timeout(1000)
+    assert visit.page.locator("#drawing p").inner_text() == "Stopping" and len(held) == 1
+    assert visit.page.locator("#stop").is_disabled()
+    held[0].continue_()
+    visit.page.wait_for_selector("#drawing .drawing", state="hidden")
+    visit.fill("width", 64)
+    visit.fill("steps", 2)
+    visit.page.keyboard.press("Control+Enter")
+    visit.shown(1)
+
+
 def test_the_prompt_completes_names_without_asking(app: App) -> None:
     visit = app.visit()
     prompt = visit.page.locator("#prompt textarea")

@@ -9,12 +9,14 @@ root.append(image, bar, text);
 let seen = false; // a picture of this drawing
 let current = null; // the drawing that is shown
 let ended = null; // the last one that is over: what was on its way when it was stopped is not shown
+let stopping = null; // the one that somebody has stopped and that is not over yet
 
 function show() {
   const value = props.value;
   const drawing = Boolean(value && value.total && value.id !== ended);
   if (drawing) current = value.id;
   else ended = current;
+  if (drawing && value.stopping) stopping = value.id;
   const began = drawing && root.hidden;
   if (began) seen = false;
   root.hidden = !drawing;
@@ -27,7 +29,7 @@ function show() {
   if (!image.hidden) image.src = picture;
   bar.max = value.total;
   bar.value = value.done;
-  text.textContent = value.text;
+  text.textContent = value.id === stopping ? "Stopping" : value.text;
   if (began) reveal();
 }
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-# Scripts, so that a page need not wait for the server. Nothing is drawn any more, and there is nothing to stop:
+# Scripts, so that a page need not wait for the server, which may be slow to hear of it. Until it has, what is drawn
+# stays in sight and says that it is about to stop: Gradio leaves out the clicks on the button that draws till then.
+_STOPPING = "(drawing) => [drawing && {...drawing, stopping: true}, {__type__: 'update', interactive: false}]"
+# Nothing is drawn any more, and there is nothing to stop:
 _ENDED = "() => [null, {__type__: 'update', interactive: false}]"
 _USABLE = "() => ({__type__: 'update', interactive: true})"
-_USELESS = "() => ({__type__: 'update', interactive: false})"
 
 
 def stop_button(elem_id: str, draw: gr.Button) -> gr.Button:
@@ -25,9 +27,8 @@ def wire_stop(stop: gr.Button, drawn: Any, drawing: gr.HTML) -> None:
 
     Args:
         drawn: the event that draws.
-        drawing: shows what is drawn, and nothing any more when that ended early.
+        drawing: shows what is drawn, and nothing any more when that is over.
     """
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    drawn.then(None, None, stop, js=_USELESS, **quiet)
-    drawn.failure(None, None, [drawing, stop], js=_ENDED, **quiet)
-    stop.click(None, None, [drawing, stop], js=_ENDED, cancels=[drawn], **quiet)
+    drawn.then(None, None, [drawing, stop], js=_ENDED, **quiet)
+    stop.click(None, drawing, [drawing, stop], js=_STOPPING, cancels=[drawn], **quiet)

@@ -110,7 +110,7 @@ class BeforeAfterEvents:
                     yield [value, gr.skip(), gr.skip()]
         label = f"{before:g} on the left, {after:g} on the right, seed {requests[0].seed}"
         files = tuple(str(picture.path) for picture in saved)
-        yield [None, words_on(saved), gr.update(value=files, label=label, visible=True)]
+        yield [gr.skip(), words_on(saved), gr.update(value=files, label=label, visible=True)]
 
 
 def _adapters(cards: object) -> list[tuple[str, str]]:

@@ -229,7 +229,7 @@ class BlendEvents:
         with closing(studio.draw(request, previews=True)) as events:
             for event in events:
                 if isinstance(event, SavedPicture):
-                    yield None, words_on([event]), str(event.path)
+                    yield gr.skip(), words_on([event]), str(event.path)
                 elif (value := progress.after(event)) is not None:
                     yield value, gr.skip(), gr.skip()
 

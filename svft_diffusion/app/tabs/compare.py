@@ -246,7 +246,6 @@ class CompareEvents:
                     yield [stay, gallery, pairs, *closely]
                 elif (value := progress.after(event)) is not None:
                     yield [value, *[stay] * 6]
-        yield [None, *[stay] * 6]
 
     @shows_user_errors
     def look_at(self, pairs: Pairs, seed: str | None) -> list[Any]:

@@ -186,7 +186,6 @@ class PictureEvents:
                     yield [stay, stay, shown, visit, self._saved(saved), self._details(event.path), str(event.path)]
                 elif (value := progress.after(event)) is not None:
                     yield [stay, value, *[stay] * 5]
-        yield [stay, None, *[stay] * 5]
 
     def choose_of_visit(self, visit: Visit, event: gr.SelectData) -> tuple[Any, Any]:
         """Show how a picture of the visit was made."""

@@ -254,7 +254,7 @@ class GridEvents:
         # Others have no business with the folders of this machine.
         there = "" if self._context.config.open_to_others else f": {plain(sheet.as_posix())}"
         status = f"Saved {len(saved)} pictures, and a labelled sheet of them{there}. {words_on(saved)}"
-        yield [None, status, stay, stay, gr.update(value=str(sheet), visible=True)]
+        yield [stay, status, stay, stay, gr.update(value=str(sheet), visible=True)]
 
     def choose(self, files: list[str], event: gr.SelectData) -> tuple[Any, ...]:
         """Show a cell, and how it was made."""
