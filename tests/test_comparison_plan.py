@@ -12,8 +12,9 @@ import pytest
 from svft_diffusion.comparison.config import CompareConfig
 from svft_diffusion.comparison.plan import Entry, Plan
 from svft_diffusion.comparison.questions import MAIN, QUESTIONS, SECOND
+from svft_diffusion.comparison.report import write_report
 from svft_diffusion.comparison.rows import FAILED, MEASURED, Result, Row, Rows, code_version
-from svft_diffusion.comparison.statistics import lines_of
+from svft_diffusion.comparison.statistics import lines_of, quality_by_effective_rank
 from svft_diffusion.comparison.subjects import ComparedSubject
 
 TWO = ["SVFT plain", "LoRA"]
@@ -170,6 +171,43 @@ def test_differences_are_taken_subject_by_subject_and_lost_subjects_left_out(tmp
     assert gain.low == pytest.approx(0.11) and gain.high == pytest.approx(0.11)  # the same for every subject
     assert lora.scores["quality"].mean == pytest.approx(0.5) and lora.scores["quality"].low == pytest.approx(0.1)
     assert ours.failed == ["diverged", "diverged"] and ours.missing == 0
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_everybody_is_compared_with_somebody_of_the_question_who_is_there_at_that_budget(name: str) -> None:
+    contenders = {(contender.name, contender.budget) for contender in QUESTIONS[name].contenders}
+    references = {one.against for one in QUESTIONS[name].contenders}
+    for one in QUESTIONS[name].contenders:
+        found = {(one.against, one.budget), (one.against, MAIN)} & contenders
+        assert found or one.name in references, one.name  # with whom others are compared
+
+
+def test_an_own_question_is_answered_pair_by_pair_and_by_effective_rank(tmp_path: Path) -> None:
+    pairs = ["VectorFit with AVF", "VectorFit without AVF", "SVDiff with AVF", "SVDiff without AVF"]
+    plan = Plan(
+        CompareConfig(
+            question="avf", methods=pairs, num_subjects=2, num_seeds=2, second_best=0, lr_factors=[1.0], lr_extensions=0
+        )
+    )
+    rows, changes = Rows(tmp_path), [5.0, -1.0, 2.0, 9.0]
+    places = {id(entry.method): place for place, entry in enumerate(plan.entries)}
+    assert quality_by_effective_rank(plan, rows) is None  # nothing is measured yet
+    for row in plan.missing(rows):
+        place = places[id(row.method)]
+        quality = 0.1 * place + 0.3 * row.subject.number
+        numbers: dict[str, float | int | None] = {"quality": quality, "effective_rank_change": changes[place]}
+        rows.keep(row, Result(MEASURED, numbers, 1.0, code_version(), None))
+    lines = lines_of(plan, rows)
+    assert [line.against for line in lines] == [pairs[1], "", pairs[3], ""]
+    assert [line.against_reference["quality"].mean for line in lines[::2]] == pytest.approx([-0.1, -0.1])
+    correlation = quality_by_effective_rank(plan, rows)
+    assert correlation is not None and correlation.subjects == 2
+    assert correlation.mean == pytest.approx(0.4)  # of the ranks 0 1 2 3 and 2 0 1 3
+    write_report(plan, rows, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "(VectorFit without AVF)" in text
+    assert "worse than SVDiff without AVF in quality, of ours: SVDiff with AVF" in text
+    assert "growth of the effective rank, over the methods of a subject: +0.400 [+0.400, +0.400]" in text
 
 
 def test_a_row_is_another_by_everything_that_it_follows_from(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from svft_diffusion.adapters.targets import DEFAULT_PRESET
 from svft_diffusion.comparison.methods import FullFineTuning, Method, NewTokens, SpectralMethod, UntrainedBase
 from svft_diffusion.comparison.peft_methods import PeftMethod
 from svft_diffusion.errors import UserError
 from svft_diffusion.settings import nearest_hint
 
 MAIN, SECOND, OWN_SIZE = "main", "second", "own size"  # budgets; the last is none
-REFERENCE = "LoRA"  # whom all are compared with, subject by subject
+REFERENCE = "LoRA"  # whom all methods are compared with, subject by subject
 BASE = "base model"
 
 
@@ -25,12 +26,14 @@ class Contender:
             has one size, and takes part whatever that is.
         learning_rate: where the search for it begins.
         budget: a name of `MAIN`, `SECOND`, `OWN_SIZE`, or of the question's own.
+        against: whom it is compared with, subject by subject.
     """
 
     name: str
     ladder: tuple[Method, ...]
     learning_rate: float
     budget: str = MAIN
+    against: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,13 @@ def _methods() -> Question:
 
 def _banded_or_diagonal() -> Question:
     small, large = "the diagonal of these layers", "the diagonal of all layers"
+    diagonals = {small: "diagonal", large: "diagonal, all layers"}
     truncated = {
         pattern: _grown("rank", _TRUNCATED, pattern=pattern, off_diagonals=1) for pattern in ("banded", "random")
     }
     of_layers = {
         budget: [
-            Contender(f"{pattern} d=1, leading triplets", ladder, _BANDED_RATE, budget)
+            Contender(f"{pattern} d=1, leading triplets", ladder, _BANDED_RATE, budget, diagonals[budget])
             for pattern, ladder in truncated.items()
         ]
         for budget in (small, large)
@@ -138,11 +142,17 @@ def _banded_or_diagonal() -> Question:
         "banded-or-diagonal",
         "At an equal number of values: the whole diagonal, or a band in fewer places?",
         (
-            Contender("diagonal", (_spectral(pattern="plain"),), _DIAGONAL_RATE, small),
+            Contender(diagonals[small], (_spectral(pattern="plain"),), _DIAGONAL_RATE, small),
             *of_layers[small],
-            Contender("diagonal, all layers", (_spectral(pattern="plain", targets="all"),), _DIAGONAL_RATE, large),
+            Contender(diagonals[large], (_spectral(pattern="plain", targets="all"),), _DIAGONAL_RATE, large),
             *of_layers[large],
-            Contender("banded d=1, attention", (_spectral(targets="attention", **banded),), _BANDED_RATE, large),
+            Contender(
+                "banded d=1, attention",
+                (_spectral(targets="attention", **banded),),
+                _BANDED_RATE,
+                large,
+                diagonals[large],
+            ),
         ),
         {small: _spectral(pattern="plain"), large: _spectral(pattern="plain", targets="all")},
     )
@@ -159,6 +169,7 @@ def _siva_premise() -> Question:
                     (_spectral(method="siva", select=select, fraction=fraction),),
                     _DIAGONAL_RATE,
                     OWN_SIZE,
+                    "all" if select == "top" else f"top {fraction:.0%}",
                 )
                 for fraction in (0.2, 0.5)
                 for select in ("bottom", "top", "random")
@@ -178,7 +189,13 @@ def _avf() -> Question:
         "avf",
         "Does adaptive vector freezing help?",
         tuple(
-            Contender(f"{name} {word} AVF", (_spectral(**options, freezing_number=number),), _DIAGONAL_RATE, OWN_SIZE)
+            Contender(
+                f"{name} {word} AVF",
+                (_spectral(**options, freezing_number=number),),
+                _DIAGONAL_RATE,
+                OWN_SIZE,
+                f"{name} without AVF",
+            )
             for name, options in methods.items()
             for word, number in (("with", 10), ("without", 0))
         ),
@@ -190,7 +207,7 @@ def _targets() -> Question:
         "targets",
         "Which layers are worth their bytes?",
         tuple(
-            Contender(f"{name}, {preset}", (method,), rate, OWN_SIZE)
+            Contender(f"{name}, {preset}", (method,), rate, OWN_SIZE, f"{name}, {DEFAULT_PRESET}")
             for preset in ("attention", "feed-forward", "attention+feed-forward", "all-linear", "all")
             for name, method, rate in (
                 ("SVFT plain", _spectral(pattern="plain", targets=preset), _DIAGONAL_RATE),
@@ -211,6 +228,7 @@ def _rank_truncation() -> Question:
                 (_spectral(pattern="plain", **({"rank": rank} if rank else {})),),
                 _DIAGONAL_RATE,
                 OWN_SIZE,
+                "diagonal, all triplets",
             )
             for rank in (8, 16, 32, 64, None)
         ),

@@ -11,9 +11,9 @@ from typing import Any
 
 from svft_diffusion.comparison.plan import Plan
 from svft_diffusion.comparison.plots import draw_plots
-from svft_diffusion.comparison.questions import REFERENCE
+from svft_diffusion.comparison.questions import SECOND
 from svft_diffusion.comparison.rows import Row, Rows, machine
-from svft_diffusion.comparison.statistics import Line, Mean, lines_of
+from svft_diffusion.comparison.statistics import Line, Mean, lines_of, quality_by_effective_rank
 from svft_diffusion.evaluation.personalization import subject_similarity
 from svft_diffusion.files.whole_files import replace_when_whole
 from svft_diffusion.markdown import table
@@ -47,6 +47,7 @@ def write_report(plan: Plan, rows: Rows, folder: Path) -> dict[str, Any]:
 
 def _content(plan: Plan, rows: Rows, lines: list[Line]) -> dict[str, Any]:
     known = {key: result for key, row in plan.all_rows(rows).items() if (result := rows.find(row)) is not None}
+    rank = quality_by_effective_rank(plan, rows)
     photos = [subject.toy.photos() for subject in plan.subjects]
     views = [subject.toy.new_views() for subject in plan.subjects]
     strangers = [subject.toy.strangers() for subject in plan.subjects]
@@ -76,6 +77,7 @@ def _content(plan: Plan, rows: Rows, lines: list[Line]) -> dict[str, Any]:
         "rows": {"measured": len(known), "missing": len(plan.missing(rows))},
         "hours": round(sum(result.seconds for result in known.values()) / 3600, 3),
         "entries": [line.to_mapping() for line in lines],
+        "quality_by_effective_rank": None if rank is None else dataclasses.asdict(rank),
         "excluded": [dataclasses.asdict(one) for one in plan.excluded],
         "without_learning_rate": [entry.name for entry in plan.entries if plan.search(entry, rows).best is None],
     }
@@ -125,6 +127,11 @@ def _markdown(report: dict[str, Any], lines: list[Line], pictures: list[str]) ->
         of_budget = [line for line in lines if line.budget == budget]
         parts += [f"## Budget: {budget}" + (f" ({limit:,} bytes)" if limit else ""), _table(of_budget)]
         parts += [text for text in (_verdict(of_budget),) if text]
+    if (rank := report["quality_by_effective_rank"]) is not None:
+        parts.append(
+            f"Rank correlation of quality with the growth of the effective rank, over the methods of a subject: "
+            f"{_with_interval(Mean(**rank), sign='+')}."
+        )
     parts += [_EXPLAINED, _rates(lines), _left_out(report, lines)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -132,6 +139,7 @@ def _markdown(report: dict[str, Any], lines: list[Line], pictures: list[str]) ->
 
 def _facts(report: dict[str, Any]) -> str:
     effort, of_machine, search = report["effort"], report["machine"], report["learning_rates"]
+    finals = f", the best {search['finalists']} rates on {search['final_subjects']}" if search["finalists"] > 1 else ""
     unfinished = f" {report['rows']['missing']} known rows are still missing." if report["rows"]["missing"] else ""
     return (
         f"{len(report['subjects'])} subjects that the embedded model has never seen x {report['seeds']} seeds, "
@@ -139,8 +147,7 @@ def _facts(report: dict[str, Any]) -> str:
         f"{effort['targets']} of denoiser and text encoder; {6 * effort['pictures']} pictures of each row, "
         f"{effort['inference_steps']} denoising steps. Everybody's learning rate was looked for alike, at "
         f"{' '.join(f'{factor:g}' for factor in search['factors'])} times its usual one and up to "
-        f"{search['extensions']} times beyond, on {search['subjects']} other subjects, the best "
-        f"{search['finalists']} rates on {search['final_subjects']}. "
+        f"{search['extensions']} times beyond, on {search['subjects']} other subjects{finals}. "
         f"{report['rows']['measured']} rows, {report['hours']:.1f} hours of one process with {report['threads']} CPU "
         f"thread(s) on {of_machine['processor']} "
         f"({of_machine['system']}), torch {of_machine['torch']}, diffusers {of_machine['diffusers']}, "
@@ -151,10 +158,11 @@ def _facts(report: dict[str, Any]) -> str:
 
 
 def _table(lines: list[Line]) -> str:
+    references = list(dict.fromkeys(line.against for line in lines if line.against))
     titles = [
         "method",
         "quality",
-        f"against {REFERENCE}",
+        f"against {references[0]}" if len(references) == 1 else "against",
         "similarity",
         "scene",
         "class",
@@ -167,7 +175,11 @@ def _table(lines: list[Line]) -> str:
     if changes:
         titles.append("effective rank")
     best_first = sorted(lines, key=lambda line: -line.scores["quality"].mean if "quality" in line.scores else 1.0)
-    return table(titles, [_cells(line, changes) for line in best_first])
+    rows = [_cells(line, changes) for line in best_first]
+    if len(references) > 1:
+        for line, row in zip(best_first, rows, strict=True):
+            row[2] += f" ({line.against})" if row[2] else ""
+    return table(titles, rows)
 
 
 def _cells(line: Line, changes: bool) -> list[str]:
@@ -196,23 +208,8 @@ def _with_interval(mean: Mean | None, sign: str = "") -> str:
 def _verdict(lines: list[Line]) -> str:
     """Where ours win and lose in quality, by intervals that leave zero out."""
     said = []
-    for word, kept in (("better", lambda mean: mean.low > 0), ("worse", lambda mean: mean.high < 0)):
-        for whose, ours in (("ours", True), ("others", False)):
-            names = [
-                line.name
-                for line in lines
-                if line.ours == ours and "quality" in line.against_reference and kept(line.against_reference["quality"])
-            ]
-            if names:
-                said.append(f"* {word} than {REFERENCE} in quality, of {whose}: {', '.join(names)}")
-    uncertain = [
-        line.name
-        for line in lines
-        if "quality" in line.against_reference
-        and line.against_reference["quality"].low <= 0 <= line.against_reference["quality"].high
-    ]
-    if uncertain:
-        said.append(f"* no difference from {REFERENCE} that the intervals show: {', '.join(uncertain)}")
+    for reference in dict.fromkeys(line.against for line in lines if line.against):
+        said += _differences(reference, [line for line in lines if line.against == reference])
     known = [line for line in lines if "quality" in line.scores]
     spectral = [line for line in known if line.ours]
     rivals = [line for line in known if not line.ours]
@@ -223,20 +220,39 @@ def _verdict(lines: list[Line]) -> str:
     return "\n".join(said)
 
 
+def _differences(reference: str, lines: list[Line]) -> list[str]:
+    """Who is better or worse than ``reference``, and of whom that can't be said."""
+    found = [(line, line.against_reference["quality"]) for line in lines if "quality" in line.against_reference]
+    said = []
+    for word, kept in (("better", lambda mean: mean.low > 0), ("worse", lambda mean: mean.high < 0)):
+        for whose, ours in (("ours", True), ("others", False)):
+            names = [line.name for line, mean in found if line.ours == ours and kept(mean)]
+            if names:
+                said.append(f"* {word} than {reference} in quality, of {whose}: {', '.join(names)}")
+    uncertain = [line.name for line, mean in found if mean.low <= 0 <= mean.high]
+    if uncertain:
+        said.append(f"* no difference from {reference} that the intervals show: {', '.join(uncertain)}")
+    return said
+
+
 def _rates(lines: list[Line]) -> str:
-    searched = [line for line in lines if line.rates_tried]
+    searched = [line for line in lines if line.rates_tried and line.budget != SECOND]  # which keeps the first one's
     if not searched:
         return ""
+    of_budgets = len({line.name for line in searched}) < len(searched)
     rows = [
         [
-            line.name,
+            f"{line.name} ({line.budget})" if of_budgets else line.name,
             f"{line.learning_rate:g}" + (" (at the edge)" if line.best_rate_at_edge else ""),
             _scores_of(line.rates_tried),
             _scores_of(line.rates_in_finals),
         ]
-        for line in {line.name: line for line in reversed(searched)}.values()
+        for line in searched
     ]
-    return "## Learning rates\n\n" + table(["method", "taken", "quality at first", "in the finals"], reversed(rows))
+    titles = ["method", "taken", "quality at first", "in the finals"]
+    if not any(line.rates_in_finals for line in searched):
+        titles, rows = titles[:-1], [row[:-1] for row in rows]
+    return "## Learning rates\n\n" + table(titles, rows)
 
 
 def _scores_of(rates: Mapping[float, float | None]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from svft_diffusion.comparison.plan import Entry, Plan
-from svft_diffusion.comparison.questions import MAIN, REFERENCE, SECOND
+from svft_diffusion.comparison.questions import MAIN, SECOND
 from svft_diffusion.comparison.rows import MEASURED, Row, Rows
 from svft_diffusion.evaluation.intervals import bootstrap_interval
 
@@ -35,8 +35,9 @@ class Line:
 
     Attributes:
         scores: by name of the number.
-        against_reference: the same of the difference from `REFERENCE` at the same budget (a question without it at
-            that: at its main one), on subjects that both have.
+        against: whom it is compared with, at the same budget or else at the main one; empty if that is itself or takes
+            no part.
+        against_reference: as ``scores``, of the difference from that one, on subjects that both have.
         failed: rows without scores, with a reason for each.
         missing: rows that nobody has measured yet.
     """
@@ -52,6 +53,7 @@ class Line:
     best_rate_at_edge: bool
     scores: dict[str, Mean]
     costs: dict[str, float]
+    against: str
     against_reference: dict[str, Mean]
     failed: list[str]
     missing: int
@@ -71,6 +73,37 @@ def lines_of(plan: Plan, rows: Rows) -> list[Line]:
     return [_line(entry, rate, plan, rows, by_subject) for entry, rate in settled.items()]
 
 
+def quality_by_effective_rank(plan: Plan, rows: Rows) -> Mean | None:
+    """Whether a growing effective rank goes with better pictures: Spearman's rank correlation of the two over the
+    entries that tell both, for each subject; None below three of them.
+    """
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for entry, rate in plan.settled(rows).items():
+        of_entry: dict[int, list[tuple[float, float]]] = {}
+        for (subject, _), row in plan.rows_of(entry, rate).items():
+            numbers = {} if (result := rows.find(row)) is None else result.numbers
+            change, quality = numbers.get("effective_rank_change"), numbers.get("quality")
+            if change is not None and quality is not None:
+                of_entry.setdefault(subject.number, []).append((change, quality))
+        for number, of_seeds in of_entry.items():
+            changes, qualities = zip(*of_seeds, strict=True)
+            pairs.setdefault(number, []).append((statistics.mean(changes), statistics.mean(qualities)))
+    found = [_rank_correlation(of_subject) for of_subject in pairs.values() if len(of_subject) >= 3]
+    known = [value for value in found if value is not None]
+    return _mean(known) if known else None
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    try:
+        return statistics.correlation(*(_ranks(values) for values in zip(*pairs, strict=True)))
+    except statistics.StatisticsError:  # all the same
+        return None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+
+
 def _line(
     entry: Entry, rate: float, plan: Plan, rows: Rows, by_subject: Mapping[Entry, Mapping[str, Mapping[int, float]]]
 ) -> Line:
@@ -78,7 +111,9 @@ def _line(
     results = [result for row in wanted if (result := rows.find(row)) is not None]
     own, reference = by_subject[entry], _reference(entry, by_subject)
     differences: dict[str, list[float]] = {}
-    if reference is not None and reference is not own:
+    if reference is own:
+        reference = None
+    if reference is not None:
         for score in SCORES:
             of_both = own[score].keys() & reference[score].keys()
             differences[score] = [own[score][subject] - reference[score][subject] for subject in sorted(of_both)]
@@ -95,6 +130,7 @@ def _line(
         best_rate_at_edge=entry.budget != SECOND and search.best_at_edge,
         scores={score: _mean(list(values.values())) for score, values in own.items() if values},
         costs={cost: mean for cost in COSTS if (mean := _mean_cost(cost, wanted, rows)) is not None},
+        against="" if reference is None else entry.contender.against,
         against_reference={score: _mean(values) for score, values in differences.items() if values},
         failed=[result.reason or "" for result in results if result.state != MEASURED],
         missing=len(wanted) - len(results),
@@ -117,7 +153,7 @@ def _reference(
     entry: Entry, by_subject: Mapping[Entry, Mapping[str, Mapping[int, float]]]
 ) -> Mapping[str, Mapping[int, float]] | None:
     budgets = (entry.budget, MAIN)
-    found = {other.budget: scores for other, scores in by_subject.items() if other.name == REFERENCE}
+    found = {other.budget: scores for other, scores in by_subject.items() if other.name == entry.contender.against}
     return next((found[budget] for budget in budgets if budget in found), None)
 
 
