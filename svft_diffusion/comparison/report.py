@@ -184,7 +184,7 @@ def _table(lines: list[Line]) -> str:
 
 def _cells(line: Line, changes: bool) -> list[str]:
     def plain(score: str) -> str:
-        return f"{line.scores[score].mean:.3f}" if score in line.scores else ""
+        return f"{round(line.scores[score].mean, 3) + 0.0:.3f}" if score in line.scores else ""  # never -0.000
 
     costs = line.costs
     cells = [
