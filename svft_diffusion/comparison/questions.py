@@ -72,8 +72,8 @@ _RANKS = (*range(1, 9), *range(10, 33, 2))
 _POWERS = (2, 4, 8, 16, 32)
 _TRUNCATED = range(4, 129, 4)
 
-# Learning rates of ours: the trainer's for the embedded model. Of the others: where their loss fell in a first try; the
-# search goes on from there in both directions.
+# Where the search for learning rates begins, to go on in both directions. Ours: rates tried by hand on one subject. Of
+# the others: where their loss fell in a first try.
 _DIAGONAL_RATE, _BANDED_RATE = 1e-1, 5e-2
 _LORA_RATE = 1e-2
 
