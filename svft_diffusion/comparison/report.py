@@ -144,7 +144,8 @@ def _facts(report: dict[str, Any]) -> str:
     return (
         f"{len(report['subjects'])} subjects that the embedded model has never seen x {report['seeds']} seeds, "
         f"{effort['steps']} steps of {effort['batch_size']} photos and as many class pictures, layers "
-        f"{effort['targets']} of denoiser and text encoder where a name says no others; {6 * effort['pictures']} pictures of each row, "
+        f"{effort['targets']} of denoiser and text encoder where a name says no others; "
+        f"{6 * effort['pictures']} pictures of each row, "
         f"{effort['inference_steps']} denoising steps. Everybody's learning rate was looked for alike, at "
         f"{' '.join(f'{factor:g}' for factor in search['factors'])} times its usual one and up to "
         f"{search['extensions']} times beyond, on {search['subjects']} other subjects{finals}. "
