@@ -30,5 +30,6 @@ def wire_stop(stop: gr.Button, drawn: Any, drawing: gr.HTML) -> None:
         drawing: shows what is drawn, and nothing any more when that is over.
     """
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    drawn.then(None, None, [drawing, stop], js=_ENDED, **quiet)
+    for over in (drawn.then, drawn.failure):  # the first leaves out what ended by an error
+        over(None, None, [drawing, stop], js=_ENDED, **quiet)
     stop.click(None, drawing, [drawing, stop], js=_STOPPING, cancels=[drawn], **quiet)
