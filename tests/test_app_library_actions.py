@@ -182,9 +182,10 @@ def test_the_list_holds_text_and_ids_alone(context: AppContext, models: ModelsOn
     sent = json.dumps(second, ensure_ascii=False)
     assert str(context.config.adapters_dir) not in sent and str(models.base) not in sent
     assert "\\u001b" not in sent and "\u202e" not in sent and r"\\x1b[2J\\u202e\\n" in sent
-    (few, _) = handlers.listed("", base(context), 3, None)
+    (few,) = handlers.listed("", base(context), 3, None)
+    assert "unknown" not in {card["state"] for card in few["cards"]}  # compared before, said at once
     assert len(few["cards"]) == 3 and few["more"] == len(second["cards"]) - 3
-    (none, _) = handlers.listed("nothing has this", base(context), 3, None)
+    (none,) = handlers.listed("nothing has this", base(context), 3, None)
     assert none["cards"] == [] and "no adapter matches" in none["note"]
 
 

@@ -179,3 +179,30 @@ def test_import_verify_export_delete_and_undo(page: Any, server: Any, adapter: A
     shutil.rmtree(kept.parent)
     button(page, "Details of My_Style").click()  # gone behind the page's back
     page.get_by_text("no longer in the library").first.wait_for()
+
+
+def test_the_list_is_read_when_the_tab_opens_and_not_when_the_page_scrolls(new_page: Any, server: Any) -> None:
+    page = new_page(viewport={"width": 390, "height": 250}, reduced_motion="reduce")
+    page.goto(server.address)
+    page.wait_for_selector("#title")
+    library(page)
+    page.wait_for_timeout(500)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for place in ("document.body.scrollHeight", "0", "document.body.scrollHeight"):
+        page.evaluate(f"window.scrollTo(0, {place})")
+        page.wait_for_timeout(300)
+    assert [url for url in asked if "/gradio_api/" in url] == []
+
+
+def test_cards_that_say_the_same_stay_when_the_list_is_read_again(page: Any) -> None:
+    library(page)
+    before = page.locator("#library-list .card").count()
+    page.evaluate("document.querySelectorAll('#library-list .card').forEach((card) => { card.wasThere = true; })")
+    button(page, "Details of rex").focus()
+    with page.expect_response("**/queue/data*"):
+        button(page, "Refresh").dispatch_event("click")
+    page.wait_for_timeout(500)
+    cards_now = "[...document.querySelectorAll('#library-list .card')]"
+    assert page.evaluate(f"{cards_now}.filter((card) => card.wasThere).length") == before
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Details of rex"

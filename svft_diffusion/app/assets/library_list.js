@@ -63,10 +63,11 @@ function draw() {
 draw();
 watch('value', draw);
 
-// The list is read again whenever the tab comes into view: trainings and other visitors add adapters.
+// The list is read again whenever its tab opens: trainings and other visitors add adapters. The margin counts what
+// the visitor has scrolled away as still in view.
 let seen = false;
 new IntersectionObserver((entries) => {
   const visible = entries[entries.length - 1].isIntersecting;
   if (visible && !seen) trigger('come_into_view', {});
   seen = visible;
-}).observe(element);
+}, { rootMargin: '1000000px' }).observe(element);

@@ -22,6 +22,11 @@ class BaseFit:
         self._lock = threading.Lock()
         self._answers: dict[_Question, Matches | None] = {}
 
+    def is_known(self, header: AdapterHeader, layers: tuple[str, ...], base: str) -> bool:
+        """Whether `problem` answers from memory. Where it does not, it may read the base's weights for seconds."""
+        with self._lock:
+            return (base, layers, header.base.digests) in self._answers
+
     def problem(self, name: str, header: AdapterHeader, layers: tuple[str, ...], base: str) -> str | None:
         """Why the adapter ``name`` does not fit ``base``, in one line; None: it fits, or loading it will tell.
 

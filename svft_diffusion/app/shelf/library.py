@@ -188,6 +188,10 @@ class Library:
         loaded."""
         return self._fit.problem(entry.name, entry.header, entry.layers, base)
 
+    def is_compared(self, entry: LibraryEntry, base: str) -> bool:
+        """Whether `fits` answers from memory, at once."""
+        return self._fit.is_known(entry.header, entry.layers, base)
+
     def add(self, file: Path, file_name: str) -> LibraryEntry:
         """Take an uploaded adapter into the library, or the one that an uploaded PNG picture carries.
 

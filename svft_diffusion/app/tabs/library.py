@@ -49,7 +49,7 @@ class LibraryHandlers:
 
     @shows_user_errors
     def listed(self, search: str | None, base: str, number: int, chosen: str | None) -> Iterator[ListValue]:
-        """The list, at first without comparing adapters to the base, which takes seconds for a large one."""
+        """The list, at first without comparing adapters to the base where that may take seconds."""
         search = search or ""  # None: the page is not there yet
         listing = self._library.listing(search)
         entries = listing.entries[:number]
@@ -63,7 +63,8 @@ class LibraryHandlers:
             "more": min(CARDS_AT_ONCE, len(listing.entries) - len(entries)),
             "chosen": chosen,
         }
-        yield value
+        if not all(self._library.is_compared(entry, base) for entry in entries):
+            yield value
         cards = [_card(entry, *self._fit(entry, base)) for entry in entries]
         yield {
             **value,
