@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import httpx
 import pytest
@@ -42,6 +43,10 @@ CHROMIUM_OPTIONS = [
 BROWSERS = ("chromium", "chromium-browser", "/usr/bin/chromium", "google-chrome")
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_TRAIN = 600.0
+_SECONDS_TO_BE_QUIET = 120.0
+_HEARTBEAT = "/heartbeat"  # stays open as long as the page
+# By the page's own clock: what it had put off for less than that has begun by then, however slow it is.
+_HALF_A_SECOND = "() => new Promise((done) => setTimeout(done, 500))"
 
 StartServer = Callable[..., "Server"]
 NewPage = Callable[..., Any]
@@ -56,6 +61,48 @@ class Server:
     output_dir: Path
     log: Path
     process: subprocess.Popen[bytes]
+
+
+@dataclass
+class Traffic:
+    """The requests of a page: how many have begun, and those that have not ended."""
+
+    begun: int = 0
+    under_way: set[Any] = field(default_factory=set)
+
+    def begin(self, request: Any) -> None:
+        if _HEARTBEAT not in request.url:
+            self.begun += 1
+            self.under_way.add(request)
+
+    def end(self, request: Any) -> None:
+        self.under_way.discard(request)
+
+
+_traffic: WeakKeyDictionary[Any, Traffic] = WeakKeyDictionary()
+
+
+def follow_requests(page: Any) -> None:
+    """What `until_quiet` needs, from a page's first request on; `new_page` has done it."""
+    traffic = _traffic[page] = Traffic()
+    page.on("request", traffic.begin)
+    page.on("requestfinished", traffic.end)
+    page.on("requestfailed", traffic.end)
+
+
+def until_quiet(page: Any) -> None:
+    """Wait until all that the page has asked for is there and it has asked for nothing more for half a second.
+
+    Gradio closes its stream of results when nothing is left to be done, so that an open one means work, too.
+    """
+    traffic = _traffic[page]
+    deadline = time.monotonic() + _SECONDS_TO_BE_QUIET
+    quiet = False
+    while not quiet:
+        assert time.monotonic() < deadline, f"still asks: {[request.url for request in traffic.under_way]}"
+        begun = traffic.begun
+        page.evaluate(_HALF_A_SECOND)
+        quiet = traffic.begun == begun and not traffic.under_way
 
 
 def _missing(what: str) -> None:
@@ -169,6 +216,7 @@ def new_page(browser: Any, problems: list[str]) -> Iterator[NewPage]:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
+        follow_requests(page)
         page.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: problems.append(f"script: {error}"))
         page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import until_quiet
 from hostile_names import HOSTILE_TEXTS
 from torch import Tensor
 
@@ -186,23 +187,24 @@ def test_the_list_is_read_when_the_tab_opens_and_not_when_the_page_scrolls(new_p
     page.goto(server.address)
     page.wait_for_selector("#title")
     library(page)
-    page.wait_for_timeout(500)
+    until_quiet(page)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     for place in ("document.body.scrollHeight", "0", "document.body.scrollHeight"):
         page.evaluate(f"window.scrollTo(0, {place})")
-        page.wait_for_timeout(300)
+        until_quiet(page)
     assert [url for url in asked if "/gradio_api/" in url] == []
 
 
 def test_cards_that_say_the_same_stay_when_the_list_is_read_again(page: Any) -> None:
     library(page)
+    until_quiet(page)
     before = page.locator("#library-list .card").count()
     page.evaluate("document.querySelectorAll('#library-list .card').forEach((card) => { card.wasThere = true; })")
     button(page, "Details of rex").focus()
-    with page.expect_response("**/queue/data*"):
+    with page.expect_request("**/queue/join*"):
         button(page, "Refresh").dispatch_event("click")
-    page.wait_for_timeout(500)
+    until_quiet(page)
     cards_now = "[...document.querySelectorAll('#library-list .card')]"
     assert page.evaluate(f"{cards_now}.filter((card) => card.wasThere).length") == before
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Details of rex"
