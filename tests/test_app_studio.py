@@ -445,8 +445,8 @@ def test_a_lack_of_memory_is_told_with_what_helps(
     studio = Studio(tmp_path, device=torch.device("cpu"))
     with monkeypatch.context() as patched:
         patched.setattr("svft_diffusion.app.drawing.studio.generate_batch", fail)
-        with pytest.raises(UserError, match="not enough memory for a picture of 4096 x 64 pixels; ask for a smaller"):
-            studio.generate_pictures(asked(models, width=4096, height=64))
+        with pytest.raises(UserError, match="not enough memory for a picture of 64 x 16 pixels; ask for a smaller"):
+            studio.generate_pictures(asked(models, width=64, height=16))
         patched.setattr("svft_diffusion.app.drawing.studio.open_pipeline", fail)
         with pytest.raises(UserError, match="not enough memory for this base model"):
             studio.open_base(str(models.other_base))

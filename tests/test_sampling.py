@@ -23,8 +23,9 @@ from svft_diffusion.sampling import drawing
 from svft_diffusion.sampling.adapter_choice import AdapterChoice, adapter_label, parse_adapter_choice, unique_names
 from svft_diffusion.sampling.devices import resolve_device
 from svft_diffusion.sampling.grid import labelled_grid, wrap_text
+from svft_diffusion.sampling.numbered_folders import folder_of_run, new_numbered_folder
 from svft_diffusion.sampling.parameters import parameters_text
-from svft_diffusion.sampling.plan import new_numbered_folder, slug
+from svft_diffusion.sampling.plan import slug
 from svft_diffusion.sampling.png import read_png_settings, save_png
 from svft_diffusion.sampling.sample import SamplingConfig, generate, sample
 
@@ -200,6 +201,22 @@ def test_file_and_folder_names(tmp_path: Path) -> None:
     assert new_numbered_folder(tmp_path / "none") == tmp_path / "none" / "001"
     (tmp_path / "007").mkdir()
     assert new_numbered_folder(tmp_path) == tmp_path / "008"
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path) -> None:
+    parent = tmp_path / "outputs" / "samples"
+    with folder_of_run(None, parent) as first, folder_of_run(None, parent) as second:
+        assert (first.name, second.name) == ("001", "002")
+        (second / "picture.png").touch()
+    assert sorted(parent.iterdir()) == [second]
+    with folder_of_run(None, tmp_path / "nothing" / "comes"):
+        pass
+    assert not (tmp_path / "nothing").exists()
+    with folder_of_run(tmp_path / "given", parent) as given:
+        assert given == tmp_path / "given" and not given.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't write to"), folder_of_run(None, tmp_path / "file"):
+        pass
 
 
 def test_devices() -> None:

@@ -47,8 +47,9 @@ from svft_diffusion.models.loading import EMBEDDED_MODEL, base_display_name
 from svft_diffusion.sampling.adapter_choice import unique_names
 from svft_diffusion.sampling.default_size import stored_resolution
 from svft_diffusion.sampling.devices import resolve_device
+from svft_diffusion.sampling.numbered_folders import folder_of_run
 from svft_diffusion.sampling.picture_size import check_picture_size
-from svft_diffusion.sampling.plan import check_picture_settings, new_numbered_folder
+from svft_diffusion.sampling.plan import check_picture_settings
 from svft_diffusion.sampling.spreading import (
     Process,
     device_of,
@@ -102,7 +103,22 @@ def evaluate(config: EvaluationConfig, sources: Sequence[SubjectSource]) -> Eval
     if base is not None:
         check_picture_settings(config.seed, config.num_inference_steps, guidance_scale(config, base))
         check_picture_size(stored_resolution(base), height=config.height, width=config.width)
-    output_dir = _output_dir(config, process)
+    if config.output_dir is None and process.count > 1:
+        raise UserError("several processes write to one folder: give --output_dir")
+    with folder_of_run(config.output_dir, DEFAULT_OUTPUT_PARENT) as output_dir:
+        return _evaluate_into(output_dir, config, sources, base, choices, process, device)
+
+
+def _evaluate_into(
+    output_dir: Path,
+    config: EvaluationConfig,
+    sources: Sequence[SubjectSource],
+    base: str | None,
+    choices: Sequence[BackboneChoice],
+    process: Process,
+    device: torch.device,
+) -> EvaluationResult | None:
+    """`evaluate` once its folder is known."""
     folders = unique_names(source.name for source in sources)
     subjects = [
         prepare_subject(source, config, base, output_dir / "pictures" / folder)
@@ -134,12 +150,6 @@ def evaluate(config: EvaluationConfig, sources: Sequence[SubjectSource]) -> Eval
                 _score_subject(subject, scorer, findings, output_dir, prefix, progress)
         report = _report(config, findings, scorer, base, subjects, settings, device)
     return _write(report, output_dir, folders, findings.sheets)
-
-
-def _output_dir(config: EvaluationConfig, process: Process) -> Path:
-    if config.output_dir is None and process.count > 1:
-        raise UserError("several processes write to one folder: give --output_dir")
-    return config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
 
 
 def _scorer(choices: Sequence[BackboneChoice], config: EvaluationConfig, device: torch.device) -> Scorer:

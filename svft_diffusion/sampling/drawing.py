@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,15 +124,16 @@ def generate_batch(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if len(seeds) > 1:
         texts |= {name: [text] * len(seeds) for name, text in texts.items() if isinstance(text, str)}
-    result = pipeline(
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=generators if len(seeds) > 1 else generators[0],
-        callback_on_step_end=report,
-        **texts,
-    )
+    with _dtype_of_vae_kept(pipeline):
+        result = pipeline(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators if len(seeds) > 1 else generators[0],
+            callback_on_step_end=report,
+            **texts,
+        )
     # Not every pipeline has a safety checker, and one that was left out says nothing.
     blacked_out = getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
     return [Drawn(image, bool(black)) for image, black in zip(result.images, blacked_out, strict=True)]
@@ -154,6 +156,19 @@ def arguments_of_few(
     if max_sequence_length is not None and "max_sequence_length" in known:
         arguments["max_sequence_length"] = max_sequence_length
     return arguments
+
+
+@contextmanager
+def _dtype_of_vae_kept(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline of SDXL casts its VAE up to decode in float16, and leaves it so where decoding fails: then no later
+    picture could be drawn."""
+    vae = getattr(pipeline, "vae", None)
+    dtype = None if vae is None else vae.dtype
+    try:
+        yield
+    finally:
+        if vae is not None and vae.dtype != dtype:
+            vae.to(dtype=dtype)
 
 
 def facts_of(pipeline: DiffusionPipeline, image: Image.Image) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from svft_diffusion.adapters.fitting import check_choice
@@ -154,12 +153,6 @@ def picture_settings(
 def slug(text: str) -> str:
     """``A red robot, on the beach!`` -> ``a-red-robot-on-the-beach``: letters of every file system, at most 40."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_SLUG_LENGTH].strip("-") or "picture"
-
-
-def new_numbered_folder(parent: Path) -> Path:
-    """The folder in ``parent`` whose number follows the highest there: ``001``, ``002``, ..."""
-    taken = [int(folder.name) for folder in parent.glob("[0-9]*") if folder.name.isdecimal()]
-    return parent / f"{max(taken, default=0) + 1:03d}"
 
 
 def _check_axes(row: PromptRow, config: SamplingConfig) -> None:

@@ -38,19 +38,19 @@ from svft_diffusion.sampling.drawing import (
 )
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.folder import finished_pictures
+from svft_diffusion.sampling.numbered_folders import folder_of_run
 from svft_diffusion.sampling.overview import write_overview
 from svft_diffusion.sampling.picture_size import check_picture_size
 from svft_diffusion.sampling.plan import (
     PlannedPicture,
     PlannedRow,
     check_config,
-    new_numbered_folder,
     plan_rows,
     read_prompt_rows,
 )
 from svft_diffusion.sampling.png import save_png
 from svft_diffusion.sampling.prompt_files import unknown_placeholder_note, unknown_placeholders
-from svft_diffusion.sampling.schedulers import make_scheduler
+from svft_diffusion.sampling.schedulers import check_steps, make_scheduler
 from svft_diffusion.sampling.spreading import (
     Process,
     device_of,
@@ -121,15 +121,15 @@ def sample(config: SamplingConfig, adapters: AdapterSets | None = None) -> Sampl
     if process.is_first:
         for word in dict.fromkeys(word for row in prompts for word in unknown_placeholders(row.prompt)):
             tqdm.write(printable(unknown_placeholder_note(word)))
-    output_dir = _output_dir(config, process)
-    finished = _finished(output_dir, rows, config, config.width, config.height)
-    check_writable(output_dir)
-
-    made = 0
-    if not _is_all_there(finished, rows, config):
-        with threads_of_torch(config.threads):
-            made = _draw_missing(config, rows, loaded, output_dir, embedded, device, process)
-    overview = write_overview(output_dir, rows) if process.is_first else None
+    _check_output_dir(config, process)
+    with folder_of_run(config.output_dir, DEFAULT_OUTPUT_PARENT) as output_dir:
+        finished = _finished(output_dir, rows, config, config.width, config.height)
+        check_writable(output_dir)
+        made = 0
+        if not _is_all_there(finished, rows, config):
+            with threads_of_torch(config.threads):
+                made = _draw_missing(config, rows, loaded, output_dir, embedded, device, process)
+        overview = write_overview(output_dir, rows) if process.is_first else None
     return SamplingResult(
         output_dir,
         [output_dir / picture.file_name for row in rows for picture in row.pictures],
@@ -198,10 +198,9 @@ def _open_base(config: SamplingConfig, device: torch.device) -> DiffusionPipelin
     )
 
 
-def _output_dir(config: SamplingConfig, process: Process) -> Path:
+def _check_output_dir(config: SamplingConfig, process: Process) -> None:
     if config.output_dir is None and process.count > 1:
         raise UserError("several processes write to one folder: give --output_dir")
-    return config.output_dir or new_numbered_folder(DEFAULT_OUTPUT_PARENT)
 
 
 class _Work:
@@ -224,6 +223,8 @@ class _Work:
         check_picture_size(resolution, height=config.height, width=config.width)
         self._height, self._width = config.height or resolution, config.width or resolution
         self._schedulers = {name: make_scheduler(pipeline, name) for name in {row.scheduler for row in rows}}
+        for row in rows:
+            check_steps(self._schedulers[row.scheduler], row.num_inference_steps)
 
     def finished(self) -> set[str]:
         """Names of the pictures that need not be made; see `finished_pictures`."""

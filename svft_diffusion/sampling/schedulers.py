@@ -83,3 +83,17 @@ def make_scheduler(pipeline: DiffusionPipeline, name: str) -> Any:
     known = inspect.signature(kind_of_scheduler.__init__).parameters
     defaults = {setting: value for setting, value in _OF_LATENTS.items() if setting in known}
     return kind_of_scheduler.from_config({**defaults, **pipeline.scheduler.config}, **options)
+
+
+def check_steps(scheduler: Any, num_inference_steps: int) -> None:
+    """Refuse more denoising steps than a scheduler has places for; some of them would end in an error or in noise.
+
+    Raises:
+        UserError: says how many it takes.
+    """
+    config = scheduler.config
+    most = config.get("num_train_timesteps", num_inference_steps) - config.get("steps_offset", 0)
+    most = min(most, config.get("original_inference_steps", most))
+    if num_inference_steps > most:
+        name = type(scheduler).__name__.removesuffix("Scheduler")
+        raise UserError(f"the scheduler {name} takes at most {most} steps, got {num_inference_steps}")

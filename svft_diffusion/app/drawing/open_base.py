@@ -19,6 +19,10 @@ from svft_diffusion.sampling.schedulers import DEFAULT, make_scheduler, schedule
 MOST_KEPT = 16
 """Adapters that stay loaded, switched off, after the last picture that used them."""
 
+MOST_TIMES_OWN = 4
+"""How much larger than its own side a base draws at most: the time of a step, which nothing ends, grows as the fourth
+power, and everybody else waits."""
+
 
 class OpenBase:
     """The pipeline of one base model. Not for several threads at once.
@@ -71,6 +75,12 @@ class OpenBase:
         multiple = self._pixel_multiple
         if width % multiple or height % multiple:
             raise UserError(f"this base draws multiples of {multiple} pixels; got {width} x {height}")
+        longest = MOST_TIMES_OWN * self.resolution
+        if max(width, height) > longest:
+            raise UserError(
+                f"this base draws at most {longest} pixels a side here, {MOST_TIMES_OWN} times its own "
+                f"{self.resolution}; got {width} x {height}"
+            )
 
     def _make_room(self, wanted: dict[str, CheckedAdapter]) -> None:
         idle = [sha256 for sha256 in self._loaded if sha256 not in wanted]

@@ -25,7 +25,7 @@ from svft_diffusion.sampling.drawing import facts_of, generate_batch, open_pipel
 from svft_diffusion.sampling.embedding import adapters_to_embed, embedded_in_picture
 from svft_diffusion.sampling.plan import picture_settings, slug
 from svft_diffusion.sampling.png import save_png
-from svft_diffusion.sampling.schedulers import DEFAULT
+from svft_diffusion.sampling.schedulers import DEFAULT, check_steps
 from svft_diffusion.sampling.spreading import threads_of_torch
 from svft_diffusion.training.memory import is_out_of_memory
 
@@ -153,6 +153,7 @@ class Studio:
         width, height = request.width or opened.resolution, request.height or opened.resolution
         opened.check_size(width, height)
         scheduler = opened.choose_scheduler(request.scheduler)
+        check_steps(opened.pipeline.scheduler, request.num_inference_steps)
         opened.choose_adapters(request.adapters)
         seed = request.seed + number
         with (

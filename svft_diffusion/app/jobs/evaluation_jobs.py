@@ -18,7 +18,7 @@ from svft_diffusion.app.jobs.job_process import start_detached
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig, check_config
 from svft_diffusion.evaluation.report import REPORT_FILE
-from svft_diffusion.sampling.plan import new_numbered_folder
+from svft_diffusion.sampling.numbered_folders import new_numbered_folder
 from svft_diffusion.training.status import FAILED, FINISHED, STOPPED
 
 _LOCK_FILE = ".evaluation.lock"
