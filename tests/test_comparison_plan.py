@@ -13,19 +13,21 @@ from svft_diffusion.comparison.config import CompareConfig
 from svft_diffusion.comparison.plan import Entry, Plan
 from svft_diffusion.comparison.questions import MAIN, QUESTIONS, SECOND
 from svft_diffusion.comparison.report import write_report
-from svft_diffusion.comparison.rows import FAILED, MEASURED, Result, Row, Rows, code_version
-from svft_diffusion.comparison.statistics import lines_of, quality_by_effective_rank
+from svft_diffusion.comparison.rows import BROKEN, FAILED, MEASURED, Result, Row, Rows, code_version
+from svft_diffusion.comparison.statistics import Line, lines_of, quality_by_effective_rank
 from svft_diffusion.comparison.subjects import ComparedSubject
 
 TWO = ["SVFT plain", "LoRA"]
 
 
-def answer(plan: Plan, rows: Rows, quality: Callable[[Row], float | None]) -> None:
-    """Results for everything that the plan asks for, until it asks for nothing more."""
+def answer(plan: Plan, rows: Rows, quality: Callable[[Row], float | None], unscored: str = FAILED) -> None:
+    """Results for everything that the plan asks for, until it asks for nothing more; ``unscored`` is the state of those
+    without a score.
+    """
     while missing := plan.missing(rows):
         for row in missing:
             score = quality(row)
-            state = FAILED if score is None else MEASURED
+            state = unscored if score is None else MEASURED
             numbers: dict[str, float | int | None] = {} if score is None else {"quality": score, "drift": 0.5}
             rows.keep(row, Result(state, numbers, 1.0, code_version(), "diverged" if score is None else None))
 
@@ -149,28 +151,59 @@ def test_the_best_few_that_can_grow_and_the_reference_go_on_with_the_second_budg
     assert all(entry.bytes <= 116_000 for entry in second)
 
 
-def test_differences_are_taken_subject_by_subject_and_lost_subjects_left_out(tmp_path: Path) -> None:
+def of_three_subjects(
+    folder: Path, ours: Callable[[Row, float], float | None], state: str = FAILED
+) -> tuple[Line, Line, Path]:
+    """SVFT plain and LoRA, which has 0.1, 0.5 and 0.9, and the report; ``state`` is that of rows without a score."""
     plan = Plan(
         CompareConfig(methods=TWO, num_subjects=3, num_seeds=2, second_best=0, lr_factors=[1.0], lr_extensions=0)
     )
-    rows = Rows(tmp_path)
-    plain, _ = plan.entries
+    rows = Rows(folder)
     of_subject = [0.1, 0.5, 0.9]
 
     def quality(row: Row) -> float | None:
-        if row.method is not plain.method:
-            return of_subject[row.subject.number]
-        if row.subject.number == 2:
-            return None
-        return of_subject[row.subject.number] + 0.1 + 0.02 * row.seed
+        usual = of_subject[row.subject.number]
+        return usual if row.method is not plan.entries[0].method else ours(row, usual)
 
-    answer(plan, rows, quality)
-    ours, lora = lines_of(plan, rows)
+    answer(plan, rows, quality, state)
+    plain, lora = lines_of(plan, rows)
+    write_report(plan, rows, folder / "report")
+    return plain, lora, folder / "report"
+
+
+def test_differences_are_taken_subject_by_subject(tmp_path: Path) -> None:
+    ours, lora, _ = of_three_subjects(tmp_path, lambda row, usual: usual + 0.1 + 0.02 * row.seed)
     gain = ours.against_reference["quality"]
-    assert gain.subjects == 2 and gain.mean == pytest.approx(0.11)
+    assert gain.subjects == 3 and gain.mean == pytest.approx(0.11)
     assert gain.low == pytest.approx(0.11) and gain.high == pytest.approx(0.11)  # the same for every subject
     assert lora.scores["quality"].mean == pytest.approx(0.5) and lora.scores["quality"].low == pytest.approx(0.1)
-    assert ours.failed == ["diverged", "diverged"] and ours.missing == 0
+
+
+def test_a_training_that_diverges_on_a_subject_counts_there_as_a_missed_scene(tmp_path: Path) -> None:
+    def quality(row: Row, usual: float) -> float | None:
+        return None if row.subject.number == 0 or (row.subject.number, row.seed) == (1, 1) else usual
+
+    ours, lora, folder = of_three_subjects(tmp_path, quality)
+    assert ours.scores["quality"].subjects == 3
+    assert ours.scores["quality"].mean == pytest.approx((0 + 0.5 / 2 + 0.9) / 3)
+    assert ours.scores["quality"].mean < lora.scores["quality"].mean
+    assert ours.against_reference["quality"].mean == pytest.approx((-0.1 - 0.25 + 0) / 3)
+    assert ours.failed == ["diverged"] * 3 and ours.missing == 0
+    assert ours.scores["drift"].subjects == 2 and ours.against_reference["drift"].subjects == 2  # of what was drawn
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "SVFT plain (main): 3 rows failed, such as: diverged" in text and "where training failed" in text
+
+
+def test_a_row_that_broke_for_another_reason_leaves_its_subject_out(tmp_path: Path) -> None:
+    ours, _, _ = of_three_subjects(tmp_path, lambda row, usual: None if row.subject.number == 0 else usual, BROKEN)
+    assert ours.scores["quality"].subjects == 2 == ours.against_reference["quality"].subjects
+    assert ours.scores["quality"].mean == pytest.approx(0.7)
+
+
+def test_a_method_without_any_measured_row_has_no_place(tmp_path: Path) -> None:
+    ours, lora, _ = of_three_subjects(tmp_path, lambda row, usual: None)
+    assert "quality" not in ours.scores and ours.against_reference == {} and len(ours.failed) == 6
+    assert lora.scores["quality"].mean == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

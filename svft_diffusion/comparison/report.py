@@ -23,10 +23,11 @@ ROWS_FILE, JSON_FILE, MARKDOWN_FILE, SHEET_FILE = "rows.jsonl", "report.json", "
 _CELL = 96  # pixels of a picture in the sheet
 _EXPLAINED = """\
 Quality: mean over pictures of the identity reader's cosine with the photos, counted as 0 where the scene reader does
-not see the scene that was asked for; it chose the learning rates. Drift: 1 - cosine of pictures of class prompts
-without the subject, with and without the adapter, same noise. In brackets: 95 % bootstrap intervals over subjects, of
-means over seeds. Bytes: of the stored file. Step: median seconds of one optimizer step. Memory: counted bytes of
-trained values, gradients, optimizer state, what the method adds to the model, and what the forward pass keeps."""
+not see the scene that was asked for, and where training failed, such as by diverging; it chose the learning rates.
+Other numbers are of what was drawn. Drift: 1 - cosine of pictures of class prompts without the subject, with and
+without the adapter, same noise. In brackets: 95 % bootstrap intervals over subjects, of means over seeds. Bytes: of the
+stored file. Step: median seconds of one optimizer step. Memory: counted bytes of trained values, gradients, optimizer
+state, what the method adds to the model, and what the forward pass keeps."""
 
 
 def write_report(plan: Plan, rows: Rows, folder: Path) -> dict[str, Any]:

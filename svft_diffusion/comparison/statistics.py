@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svft_diffusion.comparison.plan import Entry, Plan
+from svft_diffusion.comparison.plan import SCORE, Entry, Plan
 from svft_diffusion.comparison.questions import MAIN, SECOND
-from svft_diffusion.comparison.rows import MEASURED, Row, Rows
+from svft_diffusion.comparison.rows import FAILED, MEASURED, Result, Row, Rows
 from svft_diffusion.evaluation.intervals import bootstrap_interval
 
 SCORES = ("quality", "subject_similarity", "scene_accuracy", "class_accuracy", "drift", "pixel_drift")
@@ -138,15 +138,24 @@ def _line(
 
 
 def _by_subject(entry: Entry, rate: float, plan: Plan, rows: Rows) -> dict[str, dict[int, float]]:
-    """Of each score the mean over seeds, by number of the subject."""
+    """Of each score the mean over seeds, by number of the subject; nothing if no row has scores."""
     values: dict[str, dict[int, list[float]]] = {score: {} for score in SCORES}
-    for (subject, _), row in plan.rows_of(entry, rate).items():
-        result = rows.find(row)
+    found = {place: result for place, row in plan.rows_of(entry, rate).items() if (result := rows.find(row))}
+    if not any(result.state == MEASURED for result in found.values()):
+        return {score: {} for score in SCORES}
+    for (subject, _), result in found.items():
         for score in SCORES:
-            value = None if result is None else result.numbers.get(score)
+            value = _score_of(result, score)
             if value is not None:
                 values[score].setdefault(subject.number, []).append(value)
     return {score: {number: statistics.mean(seeds) for number, seeds in of.items()} for score, of in values.items()}
+
+
+def _score_of(result: Result, score: str) -> float | None:
+    """Who fails on a subject has drawn nothing of it. Without that row, its mean would be over easier subjects than
+    everybody else's.
+    """
+    return 0.0 if score == SCORE and result.state == FAILED else result.numbers.get(score)
 
 
 def _reference(
