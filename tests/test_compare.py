@@ -12,6 +12,7 @@ import pytest
 
 from svft_diffusion.cli.main import main
 from svft_diffusion.comparison import measuring
+from svft_diffusion.errors import UserError
 
 SMALL = {
     "num_subjects": 2,
@@ -127,6 +128,28 @@ def test_a_row_that_breaks_is_told_and_does_not_end_the_others_and_is_tried_agai
     assert "| **SVFT plain** | 0.500" in text
     begun.clear()
     assert main(command(tmp_path)) == 0 and begun == ["peft", "peft"]
+
+
+def test_a_full_disk_is_no_failure_of_the_method_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def measure(method: Any, *rest: Any) -> measuring.Measured:
+        begun.append(method.family)
+        if method.family == "peft":
+            raise UserError("this base has no such layer")  # always: that is the method's
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as problem:
+            raise UserError("can't write class images: No space left on device") from problem
+
+    monkeypatch.setattr("svft_diffusion.comparison.work.measure", measure)
+    assert main(command(tmp_path)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "methods" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {(row["name"], row["state"]) for row in rows} == {("SVFT plain", "broken"), ("LoRA", "failed")}
+    begun.clear()
+    assert main(command(tmp_path)) == 0 and begun == ["spectral", "spectral"]
 
 
 def test_no_row_begins_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,8 +59,7 @@ class Worker:
             measured = measure(row.method, row.learning_rate, row.effort, row.subject, row.seed, folder)
         except Exception as problem:  # of a library, too: the other rows are not its fault
             seconds = round(time.perf_counter() - begun, 2)
-            state = FAILED if isinstance(problem, TrainingDiverged | UserError) else BROKEN
-            result = Result(state, {}, seconds, code_version(), reason_of(problem))
+            result = Result(_state_after(problem), {}, seconds, code_version(), reason_of(problem))
             self._rows.keep(row, result)
         else:
             seconds = round(time.perf_counter() - begun, 2)
@@ -70,6 +69,16 @@ class Worker:
         what = " ".join(str(value) for value in row.method.describe().values())
         self._say(f"{what}, rate {row.learning_rate:g}, {row.subject.name}, seed {row.seed}: {said}")
         return result
+
+
+def _state_after(problem: Exception) -> str:
+    """Whether a row failed for good, by its method, or because of what the system may do better the next time."""
+    if isinstance(problem, TrainingDiverged):
+        return FAILED
+    cause: BaseException | None = problem
+    while cause is not None and not isinstance(cause, OSError):  # such as a full disk, which is told as a UserError
+        cause = cause.__cause__ or cause.__context__
+    return FAILED if isinstance(problem, UserError) and cause is None else BROKEN
 
 
 def estimate(plan: Plan, rows: Rows, say: Callable[[str], None]) -> str:
