@@ -177,8 +177,8 @@ def test_a_picture_that_is_gone_is_named_without_its_folder(context: AppContext)
 
 def test_numbers_out_of_range_are_told_by_their_names(context: AppContext) -> None:
     """Limits of number fields would be told of as those of "the value"."""
-    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare"):
-        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([])))
+    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare") as tab:
+        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([]), tab))
     limited = [
         block.elem_id
         for block in page.blocks.values()
@@ -197,8 +197,8 @@ def test_sides_to_choose_from(context: AppContext) -> None:
 
 
 def test_no_event_is_offered_to_programs(context: AppContext) -> None:
-    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare"):
-        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([])))
+    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare") as tab:
+        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([]), tab))
     assert {one["api_visibility"] for one in page.config["dependencies"]} == {"private"}
 
 

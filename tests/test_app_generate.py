@@ -112,8 +112,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         Library(config.adapters_dir, config.uploads_dir),
         TrainingJobs(config.training_dir),
     )
-    with gradio.Blocks(), gradio.Tabs() as tabs, gradio.Tab():
-        shared = Shared(tabs, gradio.State(str(models.base)), adapter_cards([]))
+    with gradio.Blocks(), gradio.Tabs() as tabs, gradio.Tab() as tab:
+        shared = Shared(tabs, gradio.State(str(models.base)), adapter_cards([]), tab)
         form = settings_form(prompt_field(), negative_prompt_field(), 64)
         yield Page(models, context, PictureEvents(context, shared, form, model_picker(context, 64)))
 

@@ -238,8 +238,8 @@ def test_before_and_after_differ_in_a_weight_alone(context: AppContext) -> None:
 
 
 def test_no_event_is_offered_to_programs(context: AppContext) -> None:
-    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Generate"):
+    with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Generate") as tab:
         value = adapter_cards([])
         form = settings_form(prompt_field(), negative_prompt_field(), 16)
-        grid.build(context, Shared(tabs, gradio.State(""), value), form, lambda *_: None)
+        grid.build(context, Shared(tabs, gradio.State(""), value, tab), form, lambda *_: None)
     assert {one["api_visibility"] for one in page.config["dependencies"]} == {"private"}

@@ -370,6 +370,18 @@ def test_what_is_deleted_comes_back(models: ModelsOnDisk, library: Library, fold
     assert [entry.id for entry in library.entries()] == [dog.id, robot.id]
 
 
+def test_what_is_forgotten_does_not_come_back(models: ModelsOnDisk, library: Library, folder: Path) -> None:
+    for name in ("robot", "robot-2"):
+        run_of(models, folder / name)
+    first, second = (library.delete(library.by_name(name).id) for name in ("robot", "robot-2"))
+    library.forget(folder / "robot")
+    library.forget(folder / "no-such-folder")
+    library.forget(folder.parent / "elsewhere")
+    assert not [path for path in (folder / TRASH_FOLDER / first).rglob("*") if path.is_file()]
+    library.undo(second)
+    assert names(library) == ["robot-2"]
+
+
 def test_the_trash_keeps_for_a_month(models: ModelsOnDisk, library: Library, folder: Path) -> None:
     for name in ("old", "new"):
         variant(models, folder / f"{name}.safetensors", name)

@@ -239,8 +239,8 @@ def test_a_training_without_a_picture_shows_its_last_sample(context: AppContext,
 def test_files_of_the_server_are_no_uploads(context: AppContext, models: ModelsOnDisk, tmp_path: Path) -> None:
     with gradio.Blocks() as page:
         cards, base_name = adapter_cards([]), gradio.State(base(context))
-        with gradio.Tabs() as tabs, gradio.Tab("Library"):
-            build(context, Shared(tabs, base_name, cards))
+        with gradio.Tabs() as tabs, gradio.Tab("Library") as tab:
+            build(context, Shared(tabs, base_name, cards, tab))
     _, address, _ = page.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     try:
         number = next(key for key, event in page.fns.items() if event.name == "import_files")

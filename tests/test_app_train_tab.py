@@ -294,10 +294,15 @@ def test_a_page_is_sent_what_has_changed(context: AppContext, tmp_path: Path, mo
 
     assert events.refresh(id, {})[-2:] == [gr.update(visible=True), gr.update(visible=False)]
     with pytest.raises(gr.Error, match="choose a training"):  # not the one that the page shows
-        events.delete(id, {**seen, "delete": ("other-1", False)})
+        events.delete(id, {**seen, "delete": ("other-1", False, 0.0)})
+    with pytest.raises(gr.Error, match="another one has its name"):  # given again since the page has looked
+        events.delete(id, {**seen, "delete": (id, False, 0.0)})
     gone = context.jobs.get(id).folder.path
+    removed = context.config.adapters_dir / ".trash" / ("0" * 32) / gone.relative_to(context.config.adapters_dir)
+    removed.mkdir(parents=True)  # as the library leaves it
+    (removed / "adapter.safetensors").touch()
     _, seen, _, panel, *_ = events.delete(id, seen)
-    assert panel["visible"] is False and context.jobs.jobs() == [] and not gone.exists()
+    assert panel["visible"] is False and context.jobs.jobs() == [] and not gone.exists() and not removed.exists()
 
 
 def test_a_failure_is_told_on_the_page(context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +331,8 @@ def test_what_is_missing_is_told_and_nothing_starts(context: AppContext) -> None
 def test_the_tab_is_built(context: AppContext) -> None:
     with gr.Blocks() as page:
         cards, base = gr.HTML([]), gr.State("toybox")
-        with gr.Tabs() as tabs, gr.Tab("Train", id="train"):
-            train_tab.build(context, Shared(tabs, base, cards))
+        with gr.Tabs() as tabs, gr.Tab("Train", id="train") as tab:
+            train_tab.build(context, Shared(tabs, base, cards, tab))
     labels = {block.label for block in page.blocks.values() if getattr(block, "label", None)}
     assert {"Kind of thing", "Trigger word: a rare one", "Training", "Loss", "Step"} <= labels
     assert all(fn.api_visibility == "private" for fn in page.fns.values())

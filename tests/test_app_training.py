@@ -303,15 +303,18 @@ def test_a_training_that_has_ended_can_be_deleted_whole(
     id = jobs.start(endless(short), "dog")
     wait(jobs, id, is_running)
     with pytest.raises(UserError, match="stop it first"):
-        jobs.delete(id)
+        jobs.delete(id, jobs.get(id).created)
     jobs.stop(id)
     wait(other, id, lambda job: has_ended(job) and not job.folder.is_busy())
     other._advance()
-    jobs.delete(id)
+    created = jobs.get(id).created
+    with pytest.raises(UserError, match="another one has its name"):
+        jobs.delete(id, created - 1)
+    jobs.delete(id, created)
     assert jobs.jobs() == [] and [path.name for path in (tmp_path / "training").iterdir()] == [".queue.lock"]
     for wrong in (id, "../dog-1", ".queue.lock", ""):
         with pytest.raises(UserError, match="no longer there"):
-            jobs.delete(wrong)
+            jobs.delete(wrong, created)
     # The next one is called so, and an app that has seen the end of the first still knows that it runs.
     assert jobs.start(endless(short), "dog") == id
     wait(jobs, id, is_running)

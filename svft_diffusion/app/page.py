@@ -65,10 +65,9 @@ def build_page(context: AppContext, cards: list[dict[str, Any]]) -> gr.Blocks:
         shared_cards = adapter_cards(cards, render=False)
         base = gr.State(context.config.pretrained_model_name_or_path)
         with gr.Tabs(selected="generate", overflow_behavior="wrap") as tabs:
-            shared = Shared(tabs, base, shared_cards)
             for name, (label, build) in _TABS.items():
-                with gr.Tab(label, id=name, elem_id=f"tab-{name}"):
-                    build(context, shared)
+                with gr.Tab(label, id=name, elem_id=f"tab-{name}") as tab:
+                    build(context, Shared(tabs, base, shared_cards, tab))
         gr.HTML(None, html_template="<div></div>", js_on_load=asset("accessible_names.js"), elem_id="mending-scripts")
         add_endpoints(context)
     return page

@@ -132,7 +132,7 @@ def shown(jobs: Sequence[Job], chosen: str | None, seen: Seen) -> list[Any]:
             "samples": (job.id, [str(path) for path in job.samples] if job.is_active else []),
             "history": (job.id, [entry.step for entry in history]),
             "prompt": job.prompt,
-            "delete": (job.id, job.is_active),
+            "delete": (job.id, job.is_active, job.created),
         }
     updates = {part: update for part, update in updates.items() if now[part] != seen.get(part)}
     if job is not None:

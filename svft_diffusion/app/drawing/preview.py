@@ -60,9 +60,10 @@ class Previews:
     def _picture(self, latents: Tensor | None, checked: bool) -> Image.Image | None:
         if self._map is None or latents is None or latents.ndim != 4 or latents.shape[1] != len(self._map) - 1:
             return None
+        latents = latents[:1].float().cpu()  # MPS can't pool to sizes that don't divide
         if checked:
-            latents = functional.adaptive_avg_pool2d(latents[:1], _coarse(*latents.shape[-2:]))
-        colors = _with_ones(latents[0].float().cpu().movedim(0, -1)) @ self._map
+            latents = functional.adaptive_avg_pool2d(latents, _coarse(*latents.shape[-2:]))
+        colors = _with_ones(latents[0].movedim(0, -1)) @ self._map
         image = Image.fromarray(((colors.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
         larger = max(1, min(self._pixels_per_place, _LARGEST_SIDE // max(image.size)))
         return image.resize((image.width * larger, image.height * larger), Image.Resampling.BICUBIC)

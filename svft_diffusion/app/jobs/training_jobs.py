@@ -142,14 +142,19 @@ class TrainingJobs:
                 job.folder.stop_at_once()
             job.folder.stop_asked.touch()
 
-    def delete(self, id: str) -> None:
+    def delete(self, id: str, created: float) -> None:
         """Remove all that is there of a job that has ended, for good: photos, settings, samples and its adapters.
+
+        Args:
+            created: when the one that is meant was; an id is given again once its job is gone.
 
         Raises:
             UserError: there is no such job, it has not ended, or it can't be removed.
         """
         with alone(self._folder, _LOCK_FILE):
             job = self.get(id)
+            if job.created != created:
+                raise UserError("this training is gone, and another one has its name; choose from the list")
             if job.is_active or job.folder.is_busy():
                 raise UserError("this training has not ended; stop it first")
             gone = job.folder.path.with_name(f".deleted-{job.id}-{time.time_ns()}")

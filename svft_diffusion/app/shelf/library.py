@@ -7,7 +7,7 @@ import hashlib
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,8 +149,9 @@ class Library:
                 for entry in entries:
                     if entry.id == id:
                         return entry
+                found = self._found()
                 for listed in entries:
-                    for entry in self._steps_of(listed):
+                    for entry in self._steps_of(listed, found) if listed.steps else ():
                         if entry.id == id:
                             return entry
         raise UserError(_GONE)
@@ -181,7 +182,7 @@ class Library:
         """
         entry = self.get(id)
         with self._lock:
-            return self._steps_of(entry)
+            return self._steps_of(entry, self._found())
 
     def fits(self, entry: LibraryEntry, base: str) -> str | None:
         """Why an adapter does not fit a base model, in one line; None: it fits, as far as can be told before it is
@@ -272,6 +273,13 @@ class Library:
             for root in self._roots:
                 Trash(root).empty(days)
 
+    def forget(self, folder: Path) -> None:
+        """Remove for good what was deleted from a folder of the library; no `undo` brings it back."""
+        with self._lock:
+            for root in self._roots:
+                if folder.is_relative_to(root):
+                    Trash(root).forget(folder)
+
     def _look(self) -> tuple[list[LibraryEntry], list[DamagedFile]]:
         found = self._found()
         known = {one.file for one in found}
@@ -310,8 +318,7 @@ class Library:
             self._readings[one.file] = reading
         return reading
 
-    def _steps_of(self, entry: LibraryEntry) -> list[LibraryEntry]:
-        found = self._found()
+    def _steps_of(self, entry: LibraryEntry, found: Sequence[FoundFile]) -> list[LibraryEntry]:
         run = next((one.run for one in found if one.file == entry.file), None)
         by_step: dict[int, FoundFile] = {}
         for one in found:  # in the order of the paths: the history comes after the checkpoints

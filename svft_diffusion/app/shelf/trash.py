@@ -46,6 +46,16 @@ class Trash:
                 if _TOKEN.fullmatch(held.name) and time.time() - held.stat().st_mtime > days * 86400:
                     shutil.rmtree(held)
 
+    def forget(self, path: Path) -> None:
+        """Remove for good what was deleted at ``path``, or below it."""
+        if self._folder.is_symlink() or not self._folder.is_dir():
+            return
+        for held in self._folder.iterdir():
+            if _TOKEN.fullmatch(held.name):
+                gone = held / path.relative_to(self._root)
+                if gone.resolve() == held.resolve() / path.relative_to(self._root):  # no link leads out
+                    shutil.rmtree(gone, ignore_errors=True)
+
     def holds(self, token: str) -> bool:
         """Whether `restore` may find something under the token, which may be any text."""
         return _TOKEN.fullmatch(token) is not None and (self._folder / token).is_dir()

@@ -98,7 +98,7 @@ def build(context: AppContext, shared: Shared) -> None:
     private: dict[str, Any] = {"api_visibility": "private"}
     quiet: dict[str, Any] = private | {"show_progress": "hidden"}
     for side in (left, right):
-        gr.on([shared.tabs.select, side.choice.focus], page.sides, side.choice, side.choice, **quiet)
+        gr.on([shared.tab.select, side.choice.focus], page.sides, side.choice, side.choice, **quiet)
         side.choice.input(page.strength_of, side.choice, side.strength, **quiet)
     drawn = draw.click(
         page.draw,

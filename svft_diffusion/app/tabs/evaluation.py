@@ -76,7 +76,7 @@ def build(context: AppContext, shared: Shared) -> None:
     followed = [view.timer, view.status, view.stop, view.seen]
     assert Context.root_block is not None
     refresh = gr.on(
-        [Context.root_block.load, shared.tabs.select, run.focus], page.refresh, run, [run, *followed], **quiet
+        [Context.root_block.load, shared.tab.select, run.focus], page.refresh, run, [run, *followed], **quiet
     )
     refresh.then(page.reports, [run, view.reports], view.of_run, **quiet)
     run.input(page.reports, [run, view.reports], view.of_run, **quiet)

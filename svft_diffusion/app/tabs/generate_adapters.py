@@ -71,7 +71,7 @@ def wire_adapter_picker(picker: AdapterPicker, context: AppContext, shared: Shar
         trigger_mode="always_last",
         **quiet,
     )
-    gr.on([picker.choice.focus, shared.tabs.select], page.refresh, None, lists, **quiet)
+    gr.on([picker.choice.focus, shared.tab.select], page.refresh, None, lists, **quiet)
     # A page that opens later sees what came in the meantime.
     root = gr.context.Context.root_block
     assert root is not None

@@ -86,5 +86,10 @@ class ModelEvents:
         return [card for card in judged if not card["warning"]]
 
 
+def loads_later(label: str) -> str:
+    """What is said of a base model that a picture's settings brought back."""
+    return f"{plain(label)} loads with the next picture"
+
+
 def _loaded(label: str, resolution: int) -> str:
     return f"Loaded: {plain(label)}, {resolution} x {resolution} pixels"

@@ -20,7 +20,7 @@ from svft_diffusion.app.drawing.gallery import details_of, history_page
 from svft_diffusion.app.drawing.picture_request import SavedPicture, words_on
 from svft_diffusion.app.drawing.recall import Recalled, read_picture, recall
 from svft_diffusion.app.offered_bases import OfferedBases
-from svft_diffusion.app.tabs.generate_model import ModelPicker
+from svft_diffusion.app.tabs.generate_model import ModelPicker, loads_later
 from svft_diffusion.app.tabs.generate_settings import PictureWishes, SettingsForm
 from svft_diffusion.errors import UserError
 from svft_diffusion.markdown import plain
@@ -243,7 +243,8 @@ class PictureEvents:
         model = [gr.skip()] * 3
         if recalled.base is not None:
             label = self._bases.label(recalled.base)
-            model = [label, gr.skip(), recalled.base]
+            status = gr.skip() if recalled.base == base else loads_later(label)
+            model = [label, status, recalled.base]
         notes = ", ".join(recalled.notes)
         if notes:
             gr.Warning(html.escape(f"Recalled, but {notes}", quote=False))

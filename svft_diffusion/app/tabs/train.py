@@ -58,7 +58,7 @@ def _wire(form: TrainingForm, view: TrainingView, shared: Shared, page: _Trainin
     # A page that comes later, be it on another machine, and one that comes back to this tab.
     assert Context.root_block is not None
     Context.root_block.load(page.show_all, view.choice, view.outputs, **quiet)
-    shared.tabs.select(page.refresh, looks, view.outputs, **quiet)
+    shared.tab.select(page.refresh, looks, view.outputs, **quiet)
     view.step.input(
         page.show_step,
         [view.choice, view.step],
@@ -100,9 +100,12 @@ class _TrainingEvents:
     @shows_user_errors
     def delete(self, id: str | None, seen: Seen) -> list[Any]:
         """Remove the training for good, if it is the one that the page shows."""
-        if id is None or (seen or {}).get("delete", ("",))[0] != id:
+        shown_id, _, created = (seen or {}).get("delete", (None, False, 0.0))
+        if id is None or shown_id != id:
             raise UserError("choose a training from the list first")
-        self._context.jobs.delete(id)
+        folder = self._context.jobs.get(id).folder.path
+        self._context.jobs.delete(id, created)
+        self._context.library.forget(folder)
         return self._shown(None, seen)
 
     def refresh(self, id: str | None, seen: Seen) -> list[Any]:
@@ -135,7 +138,8 @@ class _TrainingEvents:
             adapter = library.get(adapter_id)
         except UserError:  # of a training that has no result, or outside of the library
             adapter = library.add(entry.adapter, f"{job.id}-step-{entry.step}.safetensors")
-        if (reason := library.fits(adapter, base)) is not None:
+        refuses_strangers = self._context.studio.on_mismatch == "error"
+        if refuses_strangers and (reason := library.fits(adapter, base)) is not None:
             raise UserError(f"{reason}; choose {base_display_name(job.base)} as the base model on Generate")
         if any(card.get("id") == adapter.id for card in cards or []):
             return gr.skip(), gr.Tabs(selected="generate")
