@@ -23,6 +23,7 @@ from PIL import Image
 gradio = pytest.importorskip("gradio")
 
 from svft_diffusion.app.components.adapter_cards import adapter_cards, with_card  # noqa: E402
+from svft_diffusion.app.components.card_changes import card_changes  # noqa: E402
 from svft_diffusion.app.components.report_view import report_html  # noqa: E402
 from svft_diffusion.app.config import AppConfig  # noqa: E402
 from svft_diffusion.app.context import AppContext, Shared  # noqa: E402
@@ -178,7 +179,7 @@ def test_a_picture_that_is_gone_is_named_without_its_folder(context: AppContext)
 def test_numbers_out_of_range_are_told_by_their_names(context: AppContext) -> None:
     """Limits of number fields would be told of as those of "the value"."""
     with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare") as tab:
-        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([]), tab))
+        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([]), card_changes(), tab))
     limited = [
         block.elem_id
         for block in page.blocks.values()
@@ -198,7 +199,7 @@ def test_sides_to_choose_from(context: AppContext) -> None:
 
 def test_no_event_is_offered_to_programs(context: AppContext) -> None:
     with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Compare") as tab:
-        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([]), tab))
+        compare.build(context, Shared(tabs, gradio.State(""), adapter_cards([]), card_changes(), tab))
     assert {one["api_visibility"] for one in page.config["dependencies"]} == {"private"}
 
 

@@ -22,6 +22,7 @@ gradio = pytest.importorskip("gradio")
 
 from svft_diffusion.adapters.weights import AdapterWeight  # noqa: E402
 from svft_diffusion.app.components.adapter_cards import Card, adapter_cards, with_card  # noqa: E402
+from svft_diffusion.app.components.card_changes import card_changes  # noqa: E402
 from svft_diffusion.app.config import AppConfig  # noqa: E402
 from svft_diffusion.app.context import AppContext, Shared  # noqa: E402
 from svft_diffusion.app.drawing.gallery import PICTURES_PER_PAGE, details_of, history_page  # noqa: E402
@@ -113,7 +114,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         TrainingJobs(config.training_dir),
     )
     with gradio.Blocks(), gradio.Tabs() as tabs, gradio.Tab() as tab:
-        shared = Shared(tabs, gradio.State(str(models.base)), adapter_cards([]), tab)
+        shared = Shared(tabs, gradio.State(str(models.base)), adapter_cards([]), card_changes(), tab)
         form = settings_form(prompt_field(), negative_prompt_field(), 64)
         yield Page(models, context, PictureEvents(context, shared, form, model_picker(context, 64)))
 
@@ -168,7 +169,7 @@ def test_what_cannot_be_drawn_says_why_and_changes_nothing(page: Page, fields: d
 
 def test_drawing_shows_every_picture_as_it_was_saved(page: Page) -> None:
     updates = page.draw(page.cards(dog=1.0), num_images=2, negative_prompt="a cat")
-    assert updates[0][0] == "5" and updates[0][1]["text"] == "Preparing"
+    assert updates[0][0] == gradio.skip() and updates[0][1]["text"] == "Preparing"
     assert any(update[1]["picture"].startswith("data:image/jpeg") for update in updates if "picture" in update[1] or {})
     last = [update for update in updates if isinstance(update[3], list)][-1]
     captions = [caption for _, caption in last[3]]
@@ -400,7 +401,11 @@ def test_another_base_drops_adapters_of_the_first(page: Page) -> None:
     events = ModelEvents(page.context)
     cards = [*page.cards(dog=0.5), {**page.cards(style=1.0)[0], "id": "0" * 16, "name": HOSTILE}]
     base, status, kept, width, height = events.load("other-base", cards)
-    assert base == str(page.models.other_base) and "other-base" in status and kept == []
+    assert (
+        base == str(page.models.other_base)
+        and "other-base" in status
+        and [*kept["removed"]] == [card["id"] for card in cards]
+    )
     assert width == height == page.context.studio.open_base(base)
     base, _, kept, *_ = events.load("base", page.cards(dog=0.5))
     assert base == page.base and kept == gradio.skip()
@@ -423,7 +428,9 @@ def test_adapters_come_from_the_library_and_as_uploads(page: Page, tmp_path: Pat
     choices, names = events.refresh()
     ids = {label: id for label, id in choices["choices"]}
     assert set(ids) == {"dog", "style", "foreign"} == {one["name"] for one in names}
-    _, cards = events.add(ids["dog"], [], page.base)
+    _, changes = events.add(ids["dog"], [], page.base)
+    cards = changes["added"]
+    assert changes["removed"] == [] and changes["weights"] == {}
     with pytest.raises(gradio.Error, match="there already"):
         events.add(ids["dog"], cards, page.base)
     with pytest.raises(gradio.Error, match="was trained on the base"):
@@ -431,8 +438,8 @@ def test_adapters_come_from_the_library_and_as_uploads(page: Page, tmp_path: Pat
     with pytest.raises(gradio.Error, match="no longer in the library"):
         events.add("../../etc/passwd", cards, page.base)
     upload = shutil.copy(page.models.style, tmp_path / "uploaded.safetensors")
-    cards, *_ = events.add_uploads([str(upload)], cards, page.base)
-    assert [card["name"] for card in cards] == ["dog", "style"]  # it was there already, under its own name
+    changes, *_ = events.add_uploads([str(upload)], cards, page.base)
+    assert [card["name"] for card in changes["added"]] == ["style"]  # it was there already, under its own name
 
 
 def test_an_upload_that_fails_keeps_no_other_from_the_cards(
@@ -445,8 +452,8 @@ def test_an_upload_that_fails_keeps_no_other_from_the_cards(
     damaged.write_bytes(b"\x10")
     again = shutil.copy(page.models.dog, tmp_path / "again.safetensors")
     good = shutil.copy(page.models.style, tmp_path / "good.safetensors")
-    cards, *_ = events.add_uploads([str(damaged), str(again), str(good)], dog, page.base)
-    assert [card["name"] for card in cards] == ["dog", "style"]
+    changes, *_ = events.add_uploads([str(damaged), str(again), str(good)], dog, page.base)
+    assert [card["name"] for card in changes["added"]] == ["style"]
     (text,) = told
     assert "damaged" in text and "dog is there already" in text and "<b>" not in text
     with pytest.raises(gradio.Error, match="dog is there already"):

@@ -16,6 +16,7 @@ from PIL import Image
 gradio = pytest.importorskip("gradio")
 
 from svft_diffusion.app.components.adapter_cards import Card, adapter_cards, with_card  # noqa: E402
+from svft_diffusion.app.components.card_changes import card_changes  # noqa: E402
 from svft_diffusion.app.config import AppConfig  # noqa: E402
 from svft_diffusion.app.context import AppContext, Shared  # noqa: E402
 from svft_diffusion.app.drawing.studio import Studio  # noqa: E402
@@ -241,5 +242,5 @@ def test_no_event_is_offered_to_programs(context: AppContext) -> None:
     with gradio.Blocks() as page, gradio.Tabs() as tabs, gradio.Tab("Generate") as tab:
         value = adapter_cards([])
         form = settings_form(prompt_field(), negative_prompt_field(), 16)
-        grid.build(context, Shared(tabs, gradio.State(""), value, tab), form, lambda *_: None)
+        grid.build(context, Shared(tabs, gradio.State(""), value, card_changes(), tab), form, lambda *_: None)
     assert {one["api_visibility"] for one in page.config["dependencies"]} == {"private"}

@@ -23,6 +23,7 @@ gradio = pytest.importorskip("gradio")
 
 from svft_diffusion.app.assets import asset  # noqa: E402
 from svft_diffusion.app.components.adapter_cards import adapter_cards  # noqa: E402
+from svft_diffusion.app.components.card_changes import card_changes  # noqa: E402
 from svft_diffusion.app.config import AppConfig  # noqa: E402
 from svft_diffusion.app.context import AppContext, Shared  # noqa: E402
 from svft_diffusion.app.drawing.studio import Studio  # noqa: E402
@@ -198,7 +199,7 @@ def test_the_scripts_of_the_page_write_text_alone() -> None:
 def test_adapters_go_to_generate_by_id(context: AppContext) -> None:
     handlers = LibraryHandlers(context)
     rex = context.library.by_name("rex")
-    cards = handlers.added([], base(context), rex.id)
+    cards = handlers.added([], base(context), rex.id)["added"]
     assert [card["id"] for card in cards] == [rex.id]
     with pytest.raises(UserError, match="there already"):
         handlers.added(cards, base(context), rex.id)
@@ -240,7 +241,7 @@ def test_files_of_the_server_are_no_uploads(context: AppContext, models: ModelsO
     with gradio.Blocks() as page:
         cards, base_name = adapter_cards([]), gradio.State(base(context))
         with gradio.Tabs() as tabs, gradio.Tab("Library") as tab:
-            build(context, Shared(tabs, base_name, cards, tab))
+            build(context, Shared(tabs, base_name, cards, card_changes(), tab))
     _, address, _ = page.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     try:
         number = next(key for key, event in page.fns.items() if event.name == "import_files")

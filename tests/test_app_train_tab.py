@@ -18,6 +18,7 @@ from training_jobs import end_all, endless, has_ended, is_running, photos_of, pl
 from training_runs import short_run
 
 from svft_diffusion.app.components import training_form
+from svft_diffusion.app.components.card_changes import card_changes
 from svft_diffusion.app.components.training_form import TrainingWishes, _FormEvents, duration_in_words
 from svft_diffusion.app.components.training_view import job_label, status_html
 from svft_diffusion.app.config import AppConfig
@@ -332,7 +333,7 @@ def test_the_tab_is_built(context: AppContext) -> None:
     with gr.Blocks() as page:
         cards, base = gr.HTML([]), gr.State("toybox")
         with gr.Tabs() as tabs, gr.Tab("Train", id="train") as tab:
-            train_tab.build(context, Shared(tabs, base, cards, tab))
+            train_tab.build(context, Shared(tabs, base, cards, card_changes(), tab))
     labels = {block.label for block in page.blocks.values() if getattr(block, "label", None)}
     assert {"Kind of thing", "Trigger word: a rare one", "Training", "Loss", "Step"} <= labels
     assert all(fn.api_visibility == "private" for fn in page.fns.values())
@@ -355,7 +356,8 @@ def test_from_photos_to_an_adapter_on_generate(context: AppContext) -> None:
     text, samples = events.show_step(id, 12)
     assert "After step 10" in text and len(samples["value"]) == 2
     assert events.show_all(id)[11]["value"] == "a photo of sks robot"
-    cards, tabs = events.use_step(id, 12, [], "toybox")
+    changes, tabs = events.use_step(id, 12, [], "toybox")
+    cards = changes["added"]
     assert cards[0]["thumbnail"].startswith("data:image/jpeg;base64,")
     assert tabs.selected == "generate" and cards[0]["id"] == id_of(sha256_of(job.history[0].adapter))
     again, _ = events.use_step(id, 12, cards, "toybox")

@@ -42,12 +42,14 @@ class Shared:
         tabs: with the ids ``generate``, ``blend``, ``train``, ``library`` and ``compare``.
         base: name of the visitor's base model.
         cards: the visitor's adapters and their weights, see `components.adapter_cards`; Generate places them.
+        changes: what the server changes on the cards, see `components.card_changes`.
         tab: the one that is being placed; a visitor comes to it with its ``select``.
     """
 
     tabs: gr.Tabs
     base: gr.State
     cards: gr.HTML
+    changes: gr.HTML
     tab: gr.Tab
 
 

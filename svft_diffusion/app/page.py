@@ -9,6 +9,7 @@ import gradio as gr
 
 from svft_diffusion.app.assets import asset
 from svft_diffusion.app.components.adapter_cards import adapter_cards
+from svft_diffusion.app.components.card_changes import card_changes, wire_card_changes
 from svft_diffusion.app.context import AppContext, Shared
 from svft_diffusion.app.serving.api import add_endpoints
 from svft_diffusion.app.tabs import blend, compare, generate, library, train
@@ -63,11 +64,13 @@ def build_page(context: AppContext, cards: list[dict[str, Any]]) -> gr.Blocks:
     with gr.Blocks(title="svft-diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# svft-diffusion", elem_id="title")
         shared_cards = adapter_cards(cards, render=False)
+        changes = card_changes()
         base = gr.State(context.config.pretrained_model_name_or_path)
         with gr.Tabs(selected="generate", overflow_behavior="wrap") as tabs:
             for name, (label, build) in _TABS.items():
                 with gr.Tab(label, id=name, elem_id=f"tab-{name}") as tab:
-                    build(context, Shared(tabs, base, shared_cards, tab))
+                    build(context, Shared(tabs, base, shared_cards, changes, tab))
+        wire_card_changes(changes, shared_cards)
         gr.HTML(None, html_template="<div></div>", js_on_load=asset("accessible_names.js"), elem_id="mending-scripts")
         add_endpoints(context)
     return page

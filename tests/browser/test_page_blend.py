@@ -23,6 +23,7 @@ pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import expect  # noqa: E402
 
 from svft_diffusion.app.components.adapter_cards import adapter_cards, with_card  # noqa: E402
+from svft_diffusion.app.components.card_changes import card_changes, wire_card_changes  # noqa: E402
 from svft_diffusion.app.config import AppConfig  # noqa: E402
 from svft_diffusion.app.context import AppContext, Shared  # noqa: E402
 from svft_diffusion.app.drawing.studio import Studio  # noqa: E402
@@ -130,6 +131,7 @@ def site(models: ModelsOnDisk, tmp_path_factory: pytest.TempPathFactory) -> Iter
     value[-1]["on"] = False
     with gradio.Blocks() as page:
         cards = adapter_cards(value, render=False)
+        changes = card_changes()
         base = gradio.State(str(models.base))
         received = gradio.Textbox(label="received", elem_id="received", interactive=True)
         send, forget = gradio.Button("Send"), gradio.Button("Forget")
@@ -139,7 +141,8 @@ def site(models: ModelsOnDisk, tmp_path_factory: pytest.TempPathFactory) -> Iter
             with gradio.Tab("Generate", id="generate"):
                 cards.render()
             with gradio.Tab("Blend", id="blend") as tab:
-                blend.build(context, Shared(tabs, base, cards, tab))
+                blend.build(context, Shared(tabs, base, cards, changes, tab))
+        wire_card_changes(changes, cards)
     _, address, _ = page.launch(
         prevent_thread_lock=True,
         quiet=True,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from adapter_files import ModelsOnDisk, write_models
+from conftest import until_quiet
 from PIL import Image
 
 from svft_diffusion.files import read_adapter, write_adapter
@@ -49,10 +50,12 @@ class Visit:
     def generate(self) -> None:
         self.page.get_by_role("button", name="Generate", exact=True).click()
 
-    def shown(self, count: int) -> Path:
+    def shown(self, count: int, seconds: float = 60) -> Path:
         """The newest picture, once so many are there in all."""
         self.page.wait_for_function(
-            "count => document.querySelectorAll('#pictures .thumbnail-lg').length === count", arg=count
+            "count => document.querySelectorAll('#pictures .thumbnail-lg').length === count",
+            arg=count,
+            timeout=seconds * 1000,
         )
         self.page.wait_for_selector("#drawing .drawing", state="hidden")
         return Path(self.detail("File"))
@@ -81,7 +84,7 @@ class App:
         visit.page.goto(self.server.address)
         visit.page.get_by_role("button", name="Generate", exact=True).wait_for()
         visit.page.get_by_text("No adapter yet").wait_for()
-        visit.page.wait_for_timeout(1000)  # what a page asks when it opens is asked
+        until_quiet(visit.page)  # what a page asks when it opens is asked
         visit.fill("prompt", "a photo of sks dog")
         visit.fill("steps", 2)
         return visit
@@ -116,7 +119,7 @@ def test_the_first_setting_comes_back_to_the_bit_and_sliders_ask_nothing(app: Ap
     visit.add("dog")
     visit.generate()
     dog = app.pixels(visit.shown(2))
-    visit.page.wait_for_timeout(500)
+    until_quiet(visit.page)
     before = len(visit.requests)
     box = visit.page.get_by_label("Weight of dog", exact=True).bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] * 2 / 3, box["y"] + box["height"] / 2)
@@ -124,7 +127,7 @@ def test_the_first_setting_comes_back_to_the_bit_and_sliders_ask_nothing(app: Ap
     for part in (0.9, 0.2, 0.1):
         visit.page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] / 2, steps=10)
     visit.page.mouse.up()
-    visit.page.wait_for_timeout(500)
+    until_quiet(visit.page)
     assert visit.requests[before:] == []
     visit.generate()
     dragged = app.pixels(visit.shown(3))
@@ -141,7 +144,7 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
     visit = app.visit()
     visit.add("dog")
     number = visit.page.get_by_role("spinbutton", name="Weight of dog, as a number")
-    visit.page.wait_for_timeout(300)  # the cards are drawn
+    until_quiet(visit.page)  # the cards are drawn
     number.press("Control+ArrowUp")
     number.press("Control+Shift+ArrowDown")
     assert float(number.input_value()) == 1.04
@@ -149,14 +152,14 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
     visit.shown(1)
     assert visit.detail("Adapters") == "dog: 1.04"
     visit.fill("width", 256)  # so that it takes its time
-    visit.fill("steps", 1000)
+    visit.fill("steps", 900)
     visit.page.locator("#steps input").press("Control+Enter")
     visit.page.wait_for_selector("#drawing .drawing", state="visible")
-    visit.page.wait_for_function("/step \\d+ of 1000/.test(document.querySelector('#drawing p').textContent)")
+    visit.page.wait_for_function("/step \\d+ of 900/.test(document.querySelector('#drawing p').textContent)")
     visit.page.keyboard.press("Escape")
     visit.page.wait_for_selector("#drawing .drawing", state="hidden")
     visit.page.get_by_text("Stopped.").wait_for()
-    assert visit.page.locator("#stop").is_disabled() and visit.value("steps") == "1000"
+    assert visit.page.locator("#stop").is_disabled() and visit.value("steps") == "900"
     visit.fill("steps", 2)
     visit.page.locator("#steps input").press("Control+Enter")
     visit.shown(2)
@@ -167,13 +170,14 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
 def test_a_stop_that_takes_its_time_says_so_until_the_next_picture_can_be_asked_for(app: App) -> None:
     visit = app.visit()
     visit.fill("width", 256)
-    visit.fill("steps", 1000)
+    visit.fill("steps", 900)
     visit.generate()
-    visit.page.wait_for_function("/step \\d+ of 1000/.test(document.querySelector('#drawing p').textContent)")
+    visit.page.wait_for_function("/step \\d+ of 900/.test(document.querySelector('#drawing p').textContent)")
     held: list[Any] = []
     visit.page.route("**/cancel*", lambda route: held.append(route))
-    visit.page.keyboard.press("Escape")
-    visit.page.wait_for_timeout(1000)
+    with visit.page.expect_request("**/cancel*"):
+        visit.page.keyboard.press("Escape")
+    visit.page.wait_for_timeout(1000)  # in which the drawing goes on
     assert visit.page.locator("#drawing p").inner_text() == "Stopping" and len(held) == 1
     assert visit.page.locator("#stop").is_disabled()
     held[0].continue_()
@@ -209,7 +213,7 @@ def test_the_prompt_completes_names_without_asking(app: App) -> None:
     prompt.press_sequentially(" <adapter:st")
     prompt.press("Escape")
     assert options.count() == 0 or not options.first.is_visible()
-    visit.page.wait_for_timeout(300)
+    until_quiet(visit.page)
     assert visit.requests[before:] == []
     visit.fill("prompt", "a photo of sks dog <adapter:dog:0.94>")
     visit.generate()
@@ -218,6 +222,23 @@ def test_the_prompt_completes_names_without_asking(app: App) -> None:
     visit.add("dog")
     visit.page.get_by_role("button", name="Insert sks into the prompt").click()
     assert "sks" in prompt.input_value().replace("a photo of sks dog", "")
+
+
+def test_what_changes_while_an_adapter_is_added_stays_changed(app: App) -> None:
+    visit = app.visit()
+    visit.add("dog")
+    visit.page.get_by_label("Add an adapter of the library").click()
+    until_quiet(visit.page)
+    held: list[Any] = []
+    visit.page.route("**/queue/join*", lambda route: held.append(route))
+    with visit.page.expect_request("**/queue/join*"):
+        visit.page.get_by_role("option", name="style", exact=True).click()
+    visit.weigh("dog", 0.35)
+    for route in held:
+        route.continue_()
+    visit.page.unroute("**/queue/join*")
+    visit.page.get_by_label("Weight of style", exact=True).wait_for()
+    assert visit.page.get_by_role("spinbutton", name="Weight of dog, as a number").input_value() == "0.35"
 
 
 def test_an_error_keeps_every_value(app: App, problems: list[str]) -> None:
@@ -352,7 +373,7 @@ def test_hostile_settings_are_text(app: App, tmp_path: Path) -> None:
     visit.page.wait_for_function("document.querySelector('#details dd') !== null")
     assert visit.detail("Prompt") == HOSTILE and visit.value("prompt") == HOSTILE
     assert HOSTILE[:50] in visit.page.locator("#details ul").text_content()
-    visit.page.wait_for_timeout(300)  # the fixture fails on any dialog of a script
+    until_quiet(visit.page)  # the fixture fails on any dialog of a script
     assert visit.page.locator("#details img, #adapter-cards img, .toast-body img[src=x]").count() == 0
 
 
@@ -408,13 +429,13 @@ def test_two_visitors_wait_for_each_other_and_keep_what_is_theirs(app: App) -> N
     for visit, name, weight in ((first, "dog", 0.5), (second, "style", 1.5)):
         visit.add(name)
         visit.weigh(name, weight)
-    first.fill("steps", 400)
+    first.fill("steps", 900)  # so that it outlasts the other's way into the queue
     second.fill("seed", 9)
     first.generate()
     first.page.wait_for_selector("#drawing .drawing", state="visible")
     second.generate()
     second.page.get_by_text("queue: 1/1").wait_for()
-    first.shown(1)
+    first.shown(1, seconds=300)
     second.shown(1)
     assert (first.detail("Adapters"), second.detail("Adapters")) == ("dog: 0.5", "style: 1.5")
     assert (first.detail("Seed"), second.detail("Seed")) == ("0", "9")

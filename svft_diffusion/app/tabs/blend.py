@@ -16,6 +16,7 @@ from svft_diffusion.algebra.interference import Interference
 from svft_diffusion.algebra.interference_plot import plot_png
 from svft_diffusion.algebra.interference_report import meetings_table, report_lines
 from svft_diffusion.app.components.adapter_cards import Card, chosen_adapters, multiplied, with_card
+from svft_diffusion.app.components.card_changes import changed_cards
 from svft_diffusion.app.components.drawing_progress import DrawingProgress, drawing_progress, drawing_status
 from svft_diffusion.app.components.prompt_following import follow_prompt
 from svft_diffusion.app.components.stopping import stop_button, wire_stop
@@ -189,7 +190,7 @@ def _wire_comparison(view: _ComparisonView, shared: Shared, events: BlendEvents)
     given = [shared.base, shared.cards]
     found = [view.table, view.plot, view.text]
     view.compare.click(events.compare, given, found, **_QUEUED)
-    view.balance.click(events.balance, given, [shared.cards, *found], **_QUEUED)
+    view.balance.click(events.balance, given, [shared.changes, *found], **_QUEUED)
 
 
 def _wire_keeping(form: _KeepingForm, shared: Shared, events: BlendEvents) -> None:
@@ -241,8 +242,12 @@ class BlendEvents:
     @shows_user_errors
     def balance(self, base: str, cards: object) -> tuple[Any, ...]:
         """Set the balancing weights, and report on these."""
-        balanced = multiplied(cards, balancing_factors(self._context, base, self._chosen(base, cards)))
-        return balanced, *self._report(interference_of(self._context, base, self._chosen(base, balanced)))
+        factors = balancing_factors(self._context, base, self._chosen(base, cards))
+        balanced = multiplied(cards, factors)
+        weights = {card["id"]: card["weight"] for card in balanced if card.get("id") in factors}
+        return changed_cards(weights=weights), *self._report(
+            interference_of(self._context, base, self._chosen(base, balanced))
+        )
 
     @shows_user_errors
     def save(self, base: str, cards: object, name: str, title: str, trigger: str) -> tuple[Any, ...]:

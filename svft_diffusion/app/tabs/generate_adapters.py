@@ -12,6 +12,7 @@ import gradio as gr
 from svft_diffusion.algebra.interference import interference
 from svft_diffusion.algebra.interference_report import meetings_in_words
 from svft_diffusion.app.components.adapter_cards import Card, chosen_adapters, with_card
+from svft_diffusion.app.components.card_changes import changed_cards
 from svft_diffusion.app.components.interference_line import interference_line
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
 from svft_diffusion.app.drawing.open_base import name_in_pipeline
@@ -58,9 +59,15 @@ def wire_adapter_picker(picker: AdapterPicker, context: AppContext, shared: Shar
     page = AdapterEvents(context)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     lists = [picker.choice, completion]
-    picker.choice.input(page.add, [picker.choice, shared.cards, shared.base], [picker.choice, shared.cards], **quiet)
+    picker.choice.input(
+        page.add,
+        [picker.choice, shared.cards, shared.base],
+        [picker.choice, shared.changes],
+        trigger_mode="multiple",
+        **quiet,
+    )
     picker.upload.upload(
-        page.add_uploads, [picker.upload, shared.cards, shared.base], [shared.cards, *lists], api_visibility="private"
+        page.add_uploads, [picker.upload, shared.cards, shared.base], [shared.changes, *lists], api_visibility="private"
     )
     picker.meetings.submit(
         page.compare,
@@ -99,7 +106,8 @@ class AdapterEvents:
         """Put the chosen adapter onto a card."""
         if not id:
             return gr.skip(), gr.skip()
-        return gr.update(value=None), self._with(cards, self._library.get(id), base)
+        card = self._with(cards, self._library.get(id), base)[-1]
+        return gr.update(value=None), changed_cards(added=[card])
 
     @shows_user_errors
     def add_uploads(self, files: list[str] | None, cards: list[Card], base: str) -> list[Any]:
@@ -121,7 +129,7 @@ class AdapterEvents:
             raise UserError("; ".join(problems))
         if problems:
             gr.Warning(html.escape("; ".join(problems), quote=False))
-        return [cards, *self.refresh()]
+        return [changed_cards(added=cards[len(before) :]), *self.refresh()]
 
     def compare(self, cards: list[Card], base: str) -> list[str]:
         """How the adapters that are on meet, in words."""

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from svft_diffusion.app.components.adapter_cards import Card, with_warnings
+from svft_diffusion.app.components.card_changes import changed_cards
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
 from svft_diffusion.app.offered_bases import OfferedBases
 from svft_diffusion.markdown import plain
@@ -53,7 +54,7 @@ def wire_model_picker(picker: ModelPicker, context: AppContext, shared: Shared, 
         [picker.load.click, picker.name.select],
         page.load,
         [picker.name, shared.cards],
-        [shared.base, picker.status, shared.cards, *sizes],
+        [shared.base, picker.status, shared.changes, *sizes],
         show_progress_on=picker.status,
         concurrency_id=QUEUE,
         concurrency_limit=1,
@@ -73,17 +74,18 @@ class ModelEvents:
         """Load the base model; adapters that do not fit it leave."""
         base = self._bases.named(text or "")
         resolution = self._context.studio.open_base(base)
-        kept = self._fitting(cards, base)
+        unfit = self._unfit(cards, base)
         status = _loaded(self._bases.label(base), resolution)
-        return [base, status, gr.skip() if kept == (cards or []) else kept, resolution, resolution]
+        leave = changed_cards(removed=[str(card.get("id")) for card in unfit]) if unfit else gr.skip()
+        return [base, status, leave, resolution, resolution]
 
-    def _fitting(self, cards: list[Card], base: str) -> list[Card]:
+    def _unfit(self, cards: list[Card], base: str) -> list[Card]:
         judged = with_warnings(cards, self._context.library, base, self._context.studio.on_mismatch)
-        left = [str(card.get("name")) for card in judged if card["warning"]]
-        if left:
-            names = html.escape(", ".join(left), quote=False)
+        unfit = [card for card in judged if card["warning"]]
+        if unfit:
+            names = html.escape(", ".join(str(card.get("name")) for card in unfit), quote=False)
             gr.Warning(f"Removed, because they don't fit this base model: {names}")
-        return [card for card in judged if not card["warning"]]
+        return unfit
 
 
 def loads_later(label: str) -> str:

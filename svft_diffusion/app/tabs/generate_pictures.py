@@ -171,11 +171,13 @@ class PictureEvents:
     def draw(self, base: str, cards: object, visit: Visit, *values: Any) -> Iterator[list[Any]]:
         """Draw and save the pictures, and show them while they come. Closing it ends the drawing within a step."""
         studio = self._context.studio
-        wishes = PictureWishes(*values).with_seed()
+        given = PictureWishes(*values)
+        wishes = given.with_seed()
         request = wishes.request(base, cards, self._context.library, studio.on_mismatch)
         progress = DrawingProgress(request.num_images, request.num_inference_steps)
         stay = gr.skip()
-        yield [str(request.seed), progress.started(), stay, stay, "", stay, stay]
+        seed = str(request.seed) if given.random_seed else stay  # the visitor may have typed another one since
+        yield [seed, progress.started(), stay, stay, "", stay, stay]
         saved: list[SavedPicture] = []
         with closing(studio.draw(request, previews=True)) as events:
             for event in events:

@@ -13,6 +13,7 @@ import gradio as gr
 
 from svft_diffusion.app.assets import asset
 from svft_diffusion.app.components.adapter_cards import with_card
+from svft_diffusion.app.components.card_changes import changed_cards
 from svft_diffusion.app.context import QUEUE, AppContext, Shared, shows_user_errors
 from svft_diffusion.app.jobs.job_folder import JobFolder
 from svft_diffusion.app.shelf.library import LibraryEntry
@@ -84,7 +85,7 @@ class LibraryHandlers:
         return self.added(cards, base, step)
 
     def added(self, cards: list[dict[str, Any]], base: str, id: str) -> Any:
-        """The cards with one more.
+        """One more card.
 
         Raises:
             UserError: it is gone, unfit for the base, or there already.
@@ -93,9 +94,9 @@ class LibraryHandlers:
         reason = self._library.fits(entry, base)
         if reason is not None and self._refuses_strangers:
             raise UserError(reason)
-        added = with_card(cards, entry)
+        added = with_card(cards, entry)[-1]
         gr.Info(f"{html.escape(entry.name)} is on Generate now")
-        return added
+        return changed_cards(added=[added])
 
     @shows_user_errors
     def show_details(self, event: gr.EventData) -> tuple[Any, ...]:
@@ -261,13 +262,14 @@ def build(context: AppContext, shared: Shared) -> None:
         "inputs": [search, shared.base, number, chosen],
         "outputs": found,
         "show_progress": "hidden",
+        "trigger_mode": "always_last",
     }
 
     gr.on([refresh.click, shared.base.change, chosen.change, number.change], **listing)
     found.come_into_view(**listing)
-    search.change(**listing, trigger_mode="always_last")
+    search.change(**listing)
     found.show_more(lambda shown: shown + CARDS_AT_ONCE, number, number, **private)
-    to_generate: dict[str, Any] = {**private, "outputs": shared.cards}
+    to_generate: dict[str, Any] = {**private, "outputs": shared.changes, "trigger_mode": "multiple"}
     found.add_card(handlers.add_card, [shared.cards, shared.base], **to_generate)
     add_step.click(handlers.add_step, [shared.cards, shared.base, history], **to_generate)
     found.show_details(

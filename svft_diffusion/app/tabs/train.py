@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.context import Context
 
 from svft_diffusion.app.components.adapter_cards import with_card
+from svft_diffusion.app.components.card_changes import changed_cards
 from svft_diffusion.app.components.training_form import TrainingForm, TrainingWishes, training_form
 from svft_diffusion.app.components.training_view import (
     Seen,
@@ -67,7 +68,7 @@ def _wire(form: TrainingForm, view: TrainingView, shared: Shared, page: _Trainin
         **quiet,
     )
     view.use.click(
-        page.use_step, [view.choice, view.step, shared.cards, shared.base], [shared.cards, shared.tabs], **private
+        page.use_step, [view.choice, view.step, shared.cards, shared.base], [shared.changes, shared.tabs], **private
     ).success(None, view.prompt, None, js=_INTO_AN_EMPTY_PROMPT, **quiet)
 
 
@@ -143,10 +144,10 @@ class _TrainingEvents:
             raise UserError(f"{reason}; choose {base_display_name(job.base)} as the base model on Generate")
         if any(card.get("id") == adapter.id for card in cards or []):
             return gr.skip(), gr.Tabs(selected="generate")
-        *others, card = with_card(cards or [], adapter)
+        card = with_card(cards or [], adapter)[-1]
         if not card["thumbnail"] and (jpeg := sample_thumbnail(entry.adapter, entry.step)) is not None:
             card["thumbnail"] = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-        return [*others, card], gr.Tabs(selected="generate")
+        return changed_cards(added=[card]), gr.Tabs(selected="generate")
 
     def _shown(self, id: str | None, seen: Seen) -> list[Any]:
         return shown(self._context.jobs.jobs(), id, seen or {})
