@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from adapter_files import ModelsOnDisk, write_models
 from diffusers import DiffusionPipeline, FluxPipeline, HeunDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
@@ -88,6 +90,22 @@ def test_adapter_is_kept_and_found_again(models: ModelsOnDisk, photo: Path, tmp_
         photo, replace(config, output=tmp_path / "out" / "three.png"), {**FEW_STEPS, "max_train_steps": 3}
     )
     assert not other.adapter_reused and other.adapter != first.adapter
+
+
+def test_an_adapter_trains_on_the_device_of_the_edit(models: ModelsOnDisk, photo: Path, tmp_path: Path) -> None:
+    state = PartialState()
+    usual = state.device
+    config = edit_config(models.base, tmp_path / "edit.png", source_prompt="a photo of dog")
+    devices: list[torch.device] = []
+    try:
+        state.device = torch.device("meta")  # what accelerate has chosen; nothing can be trained there
+        result = edit_picture(
+            photo, config, FEW_STEPS, on_training_step=lambda _: devices.append(AcceleratorState().device)
+        )
+        assert PartialState().device == torch.device("meta")  # as before, for others in this process
+    finally:
+        PartialState().device = usual
+    assert set(devices) == {torch.device("cpu")} and result.adapter is not None
 
 
 def test_training_that_was_stopped_goes_on(models: ModelsOnDisk, photo: Path, tmp_path: Path) -> None:

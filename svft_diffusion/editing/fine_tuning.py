@@ -8,11 +8,13 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -120,7 +122,7 @@ def picture_adapter(
     A run that was stopped goes on where it was.
 
     Args:
-        pipeline: the base model without adapters.
+        pipeline: the base model without adapters, on the device that the training takes, too.
         picture: of the whole source; ``frame`` says what of it is trained on. Padding has no part in the loss.
         label: what the file is called, before a digest.
         load: gives the training its base model; see `svft_diffusion.training.trainer.train`.
@@ -156,7 +158,7 @@ def picture_adapter(
     tqdm.write(f"training an adapter on the picture{', where an earlier edit was stopped' if goes_on else ''}: {file}")
     try:
         # What a training says is of files and flags that an edit has not.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _training_on(pipeline.device):
             result = train(config_from_mapping(TrainingConfig, values | place), on_step=on_step, load=load)
     except Interrupted:
         if existing_checkpoints(run):
@@ -166,6 +168,19 @@ def picture_adapter(
         shutil.copyfile(result.adapter, unfinished)
     shutil.rmtree(run, ignore_errors=True)  # what is left of it, such as on a network drive, costs only room
     return PictureAdapter(file, reused=False)
+
+
+@contextlib.contextmanager
+def _training_on(device: torch.device) -> Iterator[None]:
+    """Trainings compute on ``device`` while entered: by itself, accelerate chooses one for the life of a process."""
+    state = PartialState()
+    usual = state.device
+    if state.num_processes == 1:  # each of several has its own
+        state.device = device
+    try:
+        yield
+    finally:
+        state.device = usual
 
 
 def _base_digest(pipeline: DiffusionPipeline) -> str:
