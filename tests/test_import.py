@@ -23,14 +23,16 @@ from foreign_files import (
     updates,
     written,
 )
-from tiny_models import tiny_inputs, tiny_pipeline, tiny_tokens, tiny_unet, tiny_unet_sd1
+from tiny_models import tiny_inputs, tiny_pipeline, tiny_pipeline_sdxl, tiny_tokens, tiny_unet, tiny_unet_sd1
 from torch import nn
 
-from svft_diffusion import load_adapter, set_adapters
+from svft_diffusion import load_adapter, save_adapter, set_adapters
 from svft_diffusion.adapters.injection import spectral_layers
 from svft_diffusion.adapters.targets import linear_layers
 from svft_diffusion.cli import import_adapter as command
 from svft_diffusion.exchange.importing import ImportReport, import_adapter
+from svft_diffusion.files import read_header
+from svft_diffusion.models import family_of
 
 # SVDiff of svdiff-pytorch
 
@@ -84,6 +86,15 @@ def test_svdiff_in_16_bit_is_read(tmp_path):
     found = output_of(base.saved_and_loaded(report)["unet"], tiny_inputs())
     expected = output_of(svdiff_model(tiny_unet(), {n: d.float() for n, d in deltas.items()}, 1.0), tiny_inputs())
     assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipeline_sdxl])
+def test_the_file_names_the_family_of_the_base(tmp_path, make):
+    pipeline = make()
+    report = import_adapter(pipeline, written(tmp_path / "shifts.safetensors", svdiff_deltas(pipeline.unet)))
+    file = tmp_path / "imported.safetensors"
+    save_adapter(pipeline, report.adapter, file, metadata=report.metadata("a base"))
+    assert read_header(file).base.family == family_of(pipeline).name
 
 
 # SVFT of its authors

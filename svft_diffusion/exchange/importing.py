@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from svft_diffusion.adapters.fitting import check_free
 from svft_diffusion.adapters.injection import refuse_fused
@@ -25,6 +27,7 @@ from svft_diffusion.exchange.import_svdiff import SVDIFF
 from svft_diffusion.exchange.import_svft import SVFT
 from svft_diffusion.files import AdapterMetadata
 from svft_diffusion.files.names import components_of
+from svft_diffusion.models import family_of
 
 FORMATS: tuple[Format, ...] = (SVDIFF, SVFT, LORA)
 
@@ -45,6 +48,7 @@ class ImportReport:
         left_out: what the files hold and the adapter does not, with the reason.
         error: of all updates together, relative to their size; what was left out counts as lost.
         labels: what the files say of themselves.
+        base_family: the kind of pipeline that they were imported to.
     """
 
     adapter: str
@@ -57,6 +61,7 @@ class ImportReport:
     left_out: dict[str, str]
     error: float
     labels: Labels
+    base_family: str = AdapterMetadata.base_family
 
     def lines(self) -> list[str]:
         """The report as text: totals, the layers with the largest errors, and what was left out."""
@@ -80,6 +85,7 @@ class ImportReport:
         """What the adapter's file says of itself, imported for the base ``base_name``."""
         return AdapterMetadata(
             base_name=base_name,
+            base_family=self.base_family,
             title=self.labels.title,
             trigger=self.labels.trigger,
             description=self.labels.description,
@@ -144,6 +150,7 @@ def import_adapter(
         left_out=conversion.left_out,
         error=conversion.error,
         labels=labels_of(opened),
+        base_family=_family_of(pipe),
     )
 
 
@@ -161,6 +168,14 @@ def recognised(paths: Sequence[str | os.PathLike[str]]) -> tuple[Format, list[Fo
         if other is not found[0]:
             raise UserError(f"{files[0].name} is {found[0].title}, {file.name} is {other.title}; import one by one")
     return found[0], files
+
+
+def _family_of(pipe: object) -> str:
+    """The name of a pipeline's family; of models alone, and of a pipeline that nothing trains, the usual one."""
+    if isinstance(pipe, DiffusionPipeline):
+        with suppress(UserError):
+            return family_of(pipe).name
+    return AdapterMetadata.base_family
 
 
 def _checked_options(pattern: str | None, off_diagonals: int | None) -> ProjectionOptions:
