@@ -45,7 +45,8 @@ is wrong with the list or the base model.
 """
 _EPILOG = """examples:
   svft-diffusion train-many subjects.yaml --output_dir outputs/subjects --max_train_steps 500
-  accelerate launch --num_processes 4 -m svft_diffusion train-many subjects.yaml --output_dir outputs/subjects
+  accelerate launch --multi_gpu --num_processes 4 -m svft_diffusion train-many subjects.yaml \\
+      --output_dir outputs/subjects
 """
 
 
