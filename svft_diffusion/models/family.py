@@ -42,6 +42,7 @@ class ModelFamily(Protocol):
         pixel_multiple: heights and widths of pictures must be multiples of it.
         max_sequence_length: tokens that a T5 encoder reads; None for families without one.
         guidance_scale: what the denoiser is told while it trains; None for those that are told nothing.
+        zeros_for_empty_prompt: whether guidance compares with zeros, not with what is said of an empty prompt.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelFamily(Protocol):
     pixel_multiple: int
     max_sequence_length: int | None
     guidance_scale: float | None
+    zeros_for_empty_prompt: bool
 
     def adapted_models(self, train_text_encoder: bool) -> dict[str, nn.Module]:
         """The models that get an adapter, by the name of their component: the denoiser, and CLIP where asked for."""

@@ -30,6 +30,7 @@ class LatentDiffusionFamily(ABC):
     """Component of the pipeline that is trained first of all."""
 
     guidance_scale: float | None = None
+    zeros_for_empty_prompt = False
 
     def __init__(
         self,

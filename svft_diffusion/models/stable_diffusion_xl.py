@@ -27,6 +27,7 @@ class StableDiffusionXLFamily(LatentDiffusionFamily):
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__(pipeline, DiffusionSchedule(pipeline.scheduler))
+        self.zeros_for_empty_prompt = bool(pipeline.config.force_zeros_for_empty_prompt)
 
     @staticmethod
     def fits(pipeline: DiffusionPipeline) -> bool:

@@ -73,6 +73,10 @@ class PromptTable:
             for component, ids in self._token_ids.items()
         )
 
+    def says_something(self, prompts: Sequence[str]) -> bool:
+        """Whether the denoiser is told anything by ``prompts``: zeros leave what reads text without gradient."""
+        return any(prompts) or not self._family.zeros_for_empty_prompt
+
     def conditioning(self, prompts: Sequence[str], *, anew: bool = False) -> Conditioning:
         """Conditioning with one row for each of ``prompts``, which must be in the table.
 
@@ -83,7 +87,10 @@ class PromptTable:
         rows = [self._row[prompt] for prompt in distinct]
         changing = self._ever_changed if anew else self._changing
         encoded = {component: self._encoded(component, rows, changing[component]) for component in self._token_ids}
-        return _rows(self._family.combine_text(encoded), [distinct.index(prompt) for prompt in prompts])
+        combined = self._family.combine_text(encoded)
+        if self._family.zeros_for_empty_prompt:
+            combined = _without_empty(combined, distinct)
+        return _rows(combined, [distinct.index(prompt) for prompt in prompts])
 
     def _encoded(self, component: str, rows: list[int], changing: Tensor) -> Conditioning:
         ids = self._token_ids[component]
@@ -99,6 +106,15 @@ class PromptTable:
         together = {name: torch.cat((constant[name].to(tensor), tensor)) for name, tensor in encoded.items()}
         order = kept + live
         return _rows(together, [order.index(place) for place in range(len(rows))])
+
+
+def _without_empty(conditioning: Conditioning, prompts: Sequence[str]) -> Conditioning:
+    """Zeros in the rows of empty prompts. They stay part of the graph: all processes need a gradient of every value."""
+    empty = torch.tensor([not prompt for prompt in prompts])
+    return {
+        name: tensor.masked_fill(empty.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), 0)
+        for name, tensor in conditioning.items()
+    }
 
 
 def _in_parts(encode: Callable[[str, Tensor], Conditioning], component: str, ids: Tensor) -> Conditioning:

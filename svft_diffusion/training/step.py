@@ -49,7 +49,8 @@ def optimizer_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, f
         accelerator.backward(total / config.gradient_accumulation_steps)
         parts = [torch.zeros_like(total) if part is None else part for part in (losses.prior, losses.unmix)]
         sums += torch.stack((total, losses.instance, *parts)).detach()
-    if step == 1 and (idle := check_gradients(run.parameters)):
+    told = any(run.prompts.says_something(part.batch.prompts) for part in passes)
+    if step == 1 and told and (idle := check_gradients(run.parameters)):
         accelerator.print(f"layers without effect in this base, which stay as they are ({len(idle)}): {idle[0]}, ...")
     if step == 1 and any(run.prompts.has_new_tokens(part.batch.prompts) for part in passes):
         check_token_gradients(run.tokens)
