@@ -248,6 +248,7 @@ def test_settings_that_a_checkpoint_does_not_know_are_the_defaults(
     shutil.copytree(finished.output_dir, config.output_dir)
     # One with a default of its own, one that follows from the base, one from other settings, and one that is derived.
     unknown = ["caption_dropout", "resolution", "adam_beta2", "learning_rate_1d", "cut_mix_unmix", "token_steps"]
+    unknown += ["pictures_per_step_of_scale_lr", "lr_warmup_steps_of_schedulefree"]
     forget_settings(config.output_dir, unknown)
     for change, default in (
         ({"caption_dropout": 0.5}, "0.0"),

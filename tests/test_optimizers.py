@@ -287,6 +287,33 @@ def test_checkpoint_of_another_optimizer_or_average_is_refused(config: TrainingC
             train(replace(resumed, **changes))
 
 
+@pytest.mark.parametrize(
+    ("begun", "changes", "message"),
+    [
+        ({"scale_lr": True}, {"train_batch_size": 1}, "pictures_per_step_of_scale_lr=2, now it is 1"),
+        ({"scale_lr": True}, {"gradient_accumulation_steps": 3}, "pictures_per_step_of_scale_lr=2, now it is 6"),
+        (
+            changes_of("schedulefree") | {"lr_warmup_steps": 2},
+            {"lr_warmup_steps": 5},
+            "lr_warmup_steps_of_schedulefree=2, now it is 5",
+        ),
+    ],
+)
+def test_settings_that_the_optimizer_s_state_would_bring_back_are_refused(
+    config: TrainingConfig, begun: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    config = replace(config, **begun)
+    train(replace(config, max_train_steps=2))
+    with pytest.raises(UserError, match=message):
+        train(replace(config, **changes, resume_from_checkpoint="latest"))
+
+
+def test_batch_and_warm_up_may_change_where_they_have_an_effect(config: TrainingConfig) -> None:
+    train(replace(config, max_train_steps=2, lr_scheduler="constant_with_warmup", lr_warmup_steps=2))
+    changed = replace(config, train_batch_size=1, lr_scheduler="constant_with_warmup", lr_warmup_steps=5)
+    assert train(replace(changed, resume_from_checkpoint="latest")).steps == 6
+
+
 @pytest.mark.parametrize("changes", [{"use_ema": True, "ema_decay": 0.9}, changes_of("schedulefree")])
 def test_samples_show_what_the_file_holds(config: TrainingConfig, changes: dict[str, Any]) -> None:
     changes = changes | {"validation_prompt": PROMPT, "num_validation_images": 1, "learning_rate": 0.5}

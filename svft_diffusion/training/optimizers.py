@@ -121,10 +121,15 @@ def state_in_8_bits(parameters: Mapping[str, nn.Parameter]) -> tuple[int, int]:
     return sum(size for size in sizes if size >= _SMALLEST_8BIT), sum(sizes)
 
 
+def scale_of_rates(config: TrainingConfig, number_of_processes: int) -> int | None:
+    """What ``--scale_lr`` multiplies the learning rates by: the pictures of a step. None without it."""
+    return config.pictures_per_step * number_of_processes if config.scale_lr else None
+
+
 def _groups(
     config: TrainingConfig, parameters: Mapping[str, nn.Parameter], number_of_processes: int
 ) -> list[dict[str, Any]]:
-    scale = config.pictures_per_step * number_of_processes if config.scale_lr else 1
+    scale = scale_of_rates(config, number_of_processes) or 1
     by_rate: dict[str, list[nn.Parameter]] = {rate: [] for rate in ("learning_rate", *_RATES)}
     for name, parameter in parameters.items():
         if is_tokens(name):

@@ -16,6 +16,7 @@ from svft_diffusion.training.card import saved_settings
 from svft_diffusion.training.checkpoints import load_checkpoint_state, save_checkpoint, step_of
 from svft_diffusion.training.config import TrainingConfig
 from svft_diffusion.training.defaults import resolve_defaults
+from svft_diffusion.training.optimizers import scale_of_rates
 from svft_diffusion.training.run import ADAPTER_NAME, Run
 from svft_diffusion.training.subjects import Subject
 from svft_diffusion.training.thumbnail import jpeg_thumbnail
@@ -52,7 +53,9 @@ _SETTINGS_OF_CHECKPOINT = (
     "random_flip", "image_interpolation_mode", "masked_loss", "unmasked_weight", "caption_dropout",
     "base_quantization",
 )  # fmt: skip
-_TOKEN_STEPS = "token_steps"  # beside them: of `train_text_encoder_ti_frac`
+# Beside them: of `train_text_encoder_ti_frac`, and what changes with other settings, but only for some optimizers.
+_TOKEN_STEPS = "token_steps"
+_SCALE_OF_RATES, _OWN_WARMUP = "pictures_per_step_of_scale_lr", "lr_warmup_steps_of_schedulefree"
 
 
 def save_result(run: Run, path: Path, samples: Sequence[Path] = (), *, finished_steps: int | None = None) -> None:
@@ -125,7 +128,12 @@ def save_run(run: Run, step: int) -> None:
 
 def _settings_to_share(run: Run) -> dict[str, object]:
     """What a checkpoint and the run that goes on from it must have in common."""
-    return {name: getattr(run.config, name) for name in _SETTINGS_OF_CHECKPOINT} | {_TOKEN_STEPS: run.token_steps}
+    config = run.config
+    return {name: getattr(config, name) for name in _SETTINGS_OF_CHECKPOINT} | {
+        _TOKEN_STEPS: run.token_steps,
+        _SCALE_OF_RATES: scale_of_rates(config, run.accelerator.num_processes),
+        _OWN_WARMUP: config.lr_warmup_steps if config.resolved_optimizer == "schedulefree" else None,
+    }
 
 
 def _check_settings(run: Run, checkpoint: str, saved: Mapping[str, object]) -> None:
@@ -152,6 +160,8 @@ def _default_setting(run: Run, name: str) -> object:
     """What `_settings_to_share` says of a setting that nobody gave, with all others as they are."""
     if name == _TOKEN_STEPS:
         return None
+    if name in (_SCALE_OF_RATES, _OWN_WARMUP):  # nothing else tells what it was
+        return _settings_to_share(run)[name]
     plain = replace(run.config, **{name: getattr(TrainingConfig(), name)})
     return getattr(resolve_defaults(plain, run.family, len(run.streams[0].pictures), run.accelerator), name)
 
