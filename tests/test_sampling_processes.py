@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,20 @@ def test_another_version_of_the_base_makes_other_pictures(models: ModelsOnDisk, 
     assert draw(models, tmp_path / "other", **few, pretrained_vae_model_name_or_path=str(vae)).made == 0
     with pytest.raises(UserError, match="is another picture"):
         draw(models, tmp_path / "other", **few)
+
+
+def test_names_of_black_pictures_are_not_mixed_up_with_the_grids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [tmp_path / f"{number}.png" for number in range(7)]
+    grids = [tmp_path / "grid-1.png", tmp_path / "grid-2.png"]
+    result = SamplingResult(tmp_path, pictures, 7, grids, tmp_path / "index.html", {}, [])
+    for blacked_out, told in ((pictures[:1], "0.png; "), (pictures, "4.png, ...; ")):
+        drawn = replace(result, blacked_out=blacked_out)
+        monkeypatch.setattr("svft_diffusion.sampling.sample.sample", lambda *_, drawn=drawn: drawn)
+        assert run_command("sample", ["--prompt", "a dog", "--output_dir", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert told in said and f"{grids[0]} and 1 more, {tmp_path / 'index.html'}" in said
 
 
 def test_pictures_that_the_safety_checker_blacked_out_are_told(

@@ -56,15 +56,15 @@ def run(argv: Sequence[str]) -> None:
         return  # the first process tells about all
     there = f" ({len(result.pictures) - result.made} made before or by other processes)"
     print(f"{count_of(result.pictures)} in {result.output_dir}{there if result.made < len(result.pictures) else ''}")
-    more = f" and {len(result.grids) - 1} more" if len(result.grids) > 1 else ""
+    other_grids = f" and {len(result.grids) - 1} more" if len(result.grids) > 1 else ""
     if result.blacked_out:
         names = ", ".join(file.name for file in result.blacked_out[:_MOST_NAMES])
-        more = ", ..." if len(result.blacked_out) > _MOST_NAMES else ""
+        others = ", ..." if len(result.blacked_out) > _MOST_NAMES else ""
         print(
-            f"{count_of(result.blacked_out)} blacked out by the base model's safety checker: {names}{more}; the same "
+            f"{count_of(result.blacked_out)} blacked out by the base model's safety checker: {names}{others}; the same "
             "command with --disable_safety_checker draws what is missing there"
         )
-    print(f"all of them at a glance: {result.grid}{more}, {result.index}")
+    print(f"all of them at a glance: {result.grid}{other_grids}, {result.index}")
     if result.embedded and result.made:
         sizes = ", ".join(f"{name} ({size / 1000:.0f} kB)" for name, size in result.embedded.items())
         print(f"the pictures carry the adapters that made them: {sizes}; --no-embed_adapter leaves them out")
