@@ -9,13 +9,16 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from svft_diffusion.cli.main import main
 from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.backbones import load_backbone, parse_backbone
 from svft_diffusion.evaluation.config import EvaluationConfig
+from svft_diffusion.evaluation.drawing import guidance_scale
 from svft_diffusion.evaluation.intervals import bootstrap_interval
 from svft_diffusion.evaluation.plots import draw_pareto
 from svft_diffusion.evaluation.report import (
@@ -32,9 +35,11 @@ from svft_diffusion.evaluation.sheets import write_sheet
 from svft_diffusion.evaluation.subjects import SubjectSource, default_list, prompts_of, read_subjects, words_of
 from svft_diffusion.evaluation.toy_subjects import demonstration_subject, held_out_subjects, write_photos
 from svft_diffusion.files import AdapterHeader
+from svft_diffusion.models import EMBEDDED_MODEL
 from svft_diffusion.sampling.png import read_png_settings, save_png
 from svft_diffusion.sampling.prompt_files import SubjectWords
 
+GUIDANCE = {"FluxPipeline": 3.5, "StableDiffusion3Pipeline": 7.0, "StableDiffusionXLPipeline": 7.5, "toybox": 4.0}
 LOOKS, READS = "subject_fidelity:toy-identity", "prompt_fidelity:toy-text"
 
 
@@ -378,3 +383,19 @@ def test_what_can_not_be_scored_is_one_line(
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_each_kind_of_base_draws_with_its_usual_guidance(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps({"_class_name": kind}), encoding="utf-8")
+    base = kind if kind == EMBEDDED_MODEL else str(tmp_path / "base")
+    assert guidance_scale(EvaluationConfig(), base) == GUIDANCE[kind]
+    assert guidance_scale(EvaluationConfig(guidance_scale=2.0), base) == 2.0
+
+
+def test_a_single_file_draws_with_the_guidance_of_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, file)
+    assert guidance_scale(EvaluationConfig(base_config=tmp_path), str(file)) == 3.5

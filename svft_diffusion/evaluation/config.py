@@ -57,7 +57,9 @@ class EvaluationConfig:
     seed: int = setting(0, "seed of the first picture", group="protocol")
     num_inference_steps: int = setting(25, "denoising steps", group="protocol")
     guidance_scale: float | None = setting(
-        None, "how strictly prompts are followed (default: 4 for toybox, else 7.5)", group="protocol"
+        None,
+        "how strictly prompts are followed (default: 4 for toybox, 3.5 for FLUX.1, 7 for SD 3.x, else 7.5)",
+        group="protocol",
     )
     height: int | None = setting(None, "pixels, default: the base model's own", group="protocol")
     width: int | None = setting(None, "pixels, default: the base model's own", group="protocol")

@@ -11,13 +11,17 @@ from svft_diffusion.errors import UserError
 from svft_diffusion.evaluation.config import EvaluationConfig
 from svft_diffusion.evaluation.scoring import PromptedPictures
 from svft_diffusion.evaluation.subjects import SubjectPrompts
-from svft_diffusion.models.loading import EMBEDDED_MODEL
+from svft_diffusion.models.loading import EMBEDDED_MODEL, stored_pipeline_class
 from svft_diffusion.sampling.adapter_choice import CheckedAdapter
 from svft_diffusion.sampling.plan import picture_settings, slug
 from svft_diffusion.sampling.png import is_damaged_png, read_png, read_png_settings
 
 NAME_THE_BASE = "say with --pretrained_model_name_or_path where the base model is"
 _GUIDANCE_OF_TOYBOX, _USUAL_GUIDANCE = 4.0, 7.5
+_GUIDANCE_OF_KIND = {
+    "FluxPipeline": 3.5,
+    "StableDiffusion3Pipeline": 7.0,
+}  # diffusers' own; more draws in glaring colors
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,10 @@ def guidance_scale(config: EvaluationConfig, base: str) -> float:
     """The scale that was asked for, or the usual one of the base model."""
     if config.guidance_scale is not None:
         return config.guidance_scale
-    return _GUIDANCE_OF_TOYBOX if base == EMBEDDED_MODEL else _USUAL_GUIDANCE
+    if base == EMBEDDED_MODEL:
+        return _GUIDANCE_OF_TOYBOX
+    kind = stored_pipeline_class(base, base_config=config.base_config, revision=config.revision)
+    return _GUIDANCE_OF_KIND.get(kind or "", _USUAL_GUIDANCE)
 
 
 def plan_subject(

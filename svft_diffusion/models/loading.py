@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from svft_diffusion.errors import UserError
-from svft_diffusion.models.single_file import left_out_components, load_single_file
+from svft_diffusion.models.single_file import left_out_components, load_single_file, settings_on_the_hub
 from svft_diffusion.models.vae import use_vae
 from svft_diffusion.settings import nearest_hint
 from svft_diffusion.terminal import printable
@@ -158,6 +160,26 @@ def _index_folder(source: str, revision: str | None, local_files_only: bool) -> 
     except (OSError, ValueError):
         return Path(source)  # diffusers says what is wrong
     return Path(index).parent
+
+
+@functools.cache
+def stored_pipeline_class(
+    name: str, *, base_config: str | Path | None = None, revision: str | None = None
+) -> str | None:
+    """What diffusers calls the pipeline of a base model, before it is loaded; None where that is not to be had.
+
+    Raises:
+        UserError: as `resolve_base`.
+    """
+    source = resolve_base(name, base_config)
+    try:
+        if is_single_file(name):
+            source = settings_on_the_hub(source) if base_config is None else str(Path(base_config).expanduser())
+        index = _index_folder(source, revision, local_files_only=False) / "model_index.json"
+        found = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError):  # loading says what is wrong
+        return None
+    return found if isinstance(found, str) else None
 
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:

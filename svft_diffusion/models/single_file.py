@@ -36,7 +36,7 @@ def load_single_file(
             such model, or is damaged.
     """
     if config_folder is None:
-        repository = _settings_on_the_hub(file)
+        repository = settings_on_the_hub(file)
         try:
             config_folder = snapshot_download(
                 repository, allow_patterns=list(_SETTINGS), local_files_only=local_files_only
@@ -86,8 +86,12 @@ def left_out_components(folder: str | Path) -> dict[str, None]:
     }
 
 
-def _settings_on_the_hub(file: str) -> str:
-    """The repository that has the settings of a checkpoint's kind, by the names and shapes of its tensors."""
+def settings_on_the_hub(file: str) -> str:
+    """The repository that has the settings of a checkpoint's kind, by the names and shapes of its tensors.
+
+    Raises:
+        SafetensorError: the file is damaged.
+    """
     with safe_open(file, framework="pt") as opened:
         shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     repository: str = fetch_diffusers_config(
