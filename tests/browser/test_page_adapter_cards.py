@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from conftest import follow_requests, until_quiet
 
 gradio = pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
@@ -84,6 +85,7 @@ def address() -> Iterator[str]:
 @pytest.fixture
 def visit(address: str, browser: Any) -> Iterator[Visit]:
     visit = Visit(browser.new_page(viewport={"width": 390, "height": 800}))
+    follow_requests(visit.page)
     visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.on("dialog", lambda dialog: (visit.dialogs.append(dialog.message), dialog.dismiss()))
     visit.page.goto(address)
@@ -94,6 +96,7 @@ def visit(address: str, browser: Any) -> Iterator[Visit]:
 
 def test_sliders_ask_the_server_nothing(visit: Visit) -> None:
     slider, number = visit.weight("adapter-1"), visit.number("adapter-1")
+    until_quiet(visit.page)
     before = len(visit.requests)
     slider.focus()
     for key in ("ArrowLeft", "ArrowLeft", "Control+ArrowUp", "Control+Shift+ArrowDown"):
@@ -108,7 +111,7 @@ def test_sliders_ask_the_server_nothing(visit: Visit) -> None:
     dragged = float(number.input_value())
     assert 0.3 <= dragged <= 0.7 and round(dragged / 0.05) * 0.05 == pytest.approx(dragged)
     visit.page.get_by_role("switch", name="adapter-3 acts").press("Space")
-    visit.page.wait_for_timeout(300)
+    until_quiet(visit.page)
     assert visit.requests[before:] == []
     sent = visit.sent()
     assert [one["weight"] for one in sent] == [dragged, 0.83, 1.0]
@@ -135,7 +138,7 @@ def test_data_is_shown_as_text(visit: Visit) -> None:
     assert titles == ["Adapter 1", HOSTILE, "Adapter 3"]
     assert visit.page.locator("#adapter-cards img").count() == 0
     assert visit.page.locator("#adapter-cards .warning").inner_text() == HOSTILE
-    visit.page.wait_for_timeout(200)
+    until_quiet(visit.page)
     assert visit.dialogs == []
     assert [one["trigger"] for one in visit.sent()] == ["<sks> dog", HOSTILE, ""]
 
