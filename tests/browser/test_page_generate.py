@@ -151,7 +151,8 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
     visit.page.locator("#prompt textarea").press("Control+Enter")
     visit.shown(1)
     assert visit.detail("Adapters") == "dog: 1.04"
-    visit.fill("width", 256)  # so that it takes its time
+    for side in ("width", "height"):
+        visit.fill(side, 64)  # so that it takes its time
     visit.fill("steps", 900)
     visit.page.locator("#steps input").press("Control+Enter")
     visit.page.wait_for_selector("#drawing .drawing", state="visible")
@@ -169,7 +170,8 @@ def test_keys_draw_stop_and_weigh(app: App) -> None:
 
 def test_a_stop_that_takes_its_time_says_so_until_the_next_picture_can_be_asked_for(app: App) -> None:
     visit = app.visit()
-    visit.fill("width", 256)
+    for side in ("width", "height"):
+        visit.fill(side, 64)
     visit.fill("steps", 900)
     visit.generate()
     visit.page.wait_for_function("/step \\d+ of 900/.test(document.querySelector('#drawing p').textContent)")
@@ -182,7 +184,6 @@ def test_a_stop_that_takes_its_time_says_so_until_the_next_picture_can_be_asked_
     assert visit.page.locator("#stop").is_disabled()
     held[0].continue_()
     visit.page.wait_for_selector("#drawing .drawing", state="hidden")
-    visit.fill("width", 64)
     visit.fill("steps", 2)
     visit.page.keyboard.press("Control+Enter")
     visit.shown(1)
