@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until_quiet
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
@@ -21,7 +22,7 @@ def test_every_tab_works_under_the_policy(page: Any) -> None:
     for tab in page.get_by_role("tab").all():
         if tab.is_visible():
             tab.click()
-            page.wait_for_timeout(300)
+            until_quiet(page)
     # The fixture asserts that nothing was refused, and that nobody else was asked.
 
 
@@ -37,7 +38,7 @@ def test_a_script_that_came_in_as_text_does_not_run(page: Any, problems: list[st
             document.body.append(holder, script, elsewhere);
         }"""
     )
-    page.wait_for_timeout(500)
+    until_quiet(page)
     assert page.evaluate("window.ran") is None
     refused = [problem for problem in problems if "Content Security Policy" in problem]
     assert any("script" in problem for problem in refused) and any("img-src" in problem for problem in refused)
