@@ -198,6 +198,8 @@ def test_captions_that_were_typed_in_stay_when_photos_are_added(
     typed = [["0.png", "at night"], ["1.png", ""], ["gone.png", "x"]]
     _, _, captions = _FormEvents(context).look_at_photos(photos_of(tmp_path), typed, "toybox")
     assert captions == [["0.png", "at night"], ["1.png", "on the grass"], ["2.png", ""]]
+    *_, again = _FormEvents(context).look_at_photos(photos_of(tmp_path), captions, "toybox")
+    assert again == gr.skip()
 
 
 def test_a_single_file_takes_the_settings_that_were_given_for_files(tmp_path: Path) -> None:

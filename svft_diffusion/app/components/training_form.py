@@ -230,7 +230,9 @@ class _FormEvents:
         notes = f"<p>{count}</p>" + (f"<ul>{lines}</ul>" if lines else "")
         kept = {photo: caption for photo, caption in _typed_captions(typed).items() if caption}
         captions = [[photo, kept.get(photo, caption)] for photo, caption in look.captions.items()]
-        return gr.update(value=look.sheet, visible=True), gr.update(value=notes, visible=True), captions
+        # What is there already stays alone: more may be typed in meanwhile, such as while another base loads.
+        rows = gr.skip() if captions == [list(row) for row in typed] else captions
+        return gr.update(value=look.sheet, visible=True), gr.update(value=notes, visible=True), rows
 
     def show_prompts(self, class_word: str, trigger: str, base: str) -> str:
         """The prompts that are made from the words."""
