@@ -146,7 +146,7 @@ def test_stop_ends_a_grid_and_the_next_one_is_drawn(page: Any) -> None:
 def test_who_waits_sees_the_place_in_the_queue_and_can_leave(page: Any, new_page: Any, server: Any) -> None:
     page.fill("#prompt textarea", "a red robot")
     page.locator("#width input").first.fill("256")  # so that it outlasts the others' wait
-    page.locator("#steps input").fill("1000")
+    page.locator("#steps input").fill("900")
     page.click("#generate")
     page.wait_for_selector("#drawing >> text=step")
     other = new_page()
