@@ -44,7 +44,9 @@ BROWSERS = ("chromium", "chromium-browser", "/usr/bin/chromium", "google-chrome"
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_TRAIN = 600.0
 _SECONDS_TO_BE_QUIET = 120.0
+_SECONDS_OF_A_LEFT_STREAM = 20.0
 _HEARTBEAT = "/heartbeat"  # stays open as long as the page
+_STREAM = "/queue/data"
 # By the page's own clock: what it had put off for less than that has begun by then, however slow it is.
 _HALF_A_SECOND = "() => new Promise((done) => setTimeout(done, 500))"
 
@@ -78,6 +80,9 @@ class Traffic:
     def end(self, request: Any) -> None:
         self.under_way.discard(request)
 
+    def only_streams(self) -> bool:
+        return all(_STREAM in request.url for request in self.under_way)
+
 
 _traffic: WeakKeyDictionary[Any, Traffic] = WeakKeyDictionary()
 
@@ -93,16 +98,20 @@ def follow_requests(page: Any) -> None:
 def until_quiet(page: Any) -> None:
     """Wait until all that the page has asked for is there and it has asked for nothing more for half a second.
 
-    Gradio closes its stream of results when nothing is left to be done, so that an open one means work, too.
+    Gradio closes its stream of results when nothing is left to be done, so that an open one means work, too. It
+    leaves one open for good where a result has come before the answer that names it; that one has to be silent long.
     """
     traffic = _traffic[page]
-    deadline = time.monotonic() + _SECONDS_TO_BE_QUIET
-    quiet = False
-    while not quiet:
-        assert time.monotonic() < deadline, f"still asks: {[request.url for request in traffic.under_way]}"
+    began = latest = time.monotonic()
+    while True:
         begun = traffic.begun
         page.evaluate(_HALF_A_SECOND)
-        quiet = traffic.begun == begun and not traffic.under_way
+        now = time.monotonic()
+        if traffic.begun != begun:
+            latest = now
+        elif not traffic.under_way or (traffic.only_streams() and now - latest > _SECONDS_OF_A_LEFT_STREAM):
+            return
+        assert now - began < _SECONDS_TO_BE_QUIET, f"still asks: {[request.url for request in traffic.under_way]}"
 
 
 def _missing(what: str) -> None:
