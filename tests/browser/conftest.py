@@ -50,6 +50,9 @@ _STREAM = "/queue/data"
 # By the page's own clock: what it had put off for less than that has begun by then, however slow it is.
 _HALF_A_SECOND = "() => new Promise((done) => setTimeout(done, 500))"
 
+# What Gradio's client says of requests that a reload breaks off.
+_BROKEN_OFF = ("BodyStreamBuffer was aborted", "Connection errored out")
+
 StartServer = Callable[..., "Server"]
 NewPage = Callable[..., Any]
 
@@ -112,6 +115,13 @@ def until_quiet(page: Any) -> None:
         elif not traffic.under_way or (traffic.only_streams() and now - latest > _SECONDS_OF_A_LEFT_STREAM):
             return
         assert now - began < _SECONDS_TO_BE_QUIET, f"still asks: {[request.url for request in traffic.under_way]}"
+
+
+def reload(page: Any, problems: list[str]) -> None:
+    """Load the page anew, whatever it is still asking for."""
+    before = len(problems)
+    page.reload()
+    problems[before:] = [one for one in problems[before:] if not any(said in one for said in _BROKEN_OFF)]
 
 
 def _missing(what: str) -> None:

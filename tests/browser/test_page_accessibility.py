@@ -26,6 +26,10 @@ _FOLLOW_FOCUS = """() => {
   document.addEventListener('focusin', (event) => window.reached.add(event.target));
   document.querySelector('[role=tab]').focus();
 }"""
+# A text that fades in has little contrast for a moment. Signs of waiting turn for ever.
+_NOTHING_FADES = """() => document.getAnimations().every(
+  (one) => one.playState !== 'running' || one.effect.getComputedTiming().endTime === Infinity
+)"""
 _IS_ROUND = "() => document.activeElement === document.querySelector('[role=tab]')"
 _LEFT_OUT = f"""(tab) => {{
   const groups = new Set([...window.reached].filter((one) => one.type === 'radio').map((one) => one.name));
@@ -47,6 +51,7 @@ def visit(new_page: NewPage, server: Server, look: str) -> Any:
 
 def violations(page: Any) -> list[str]:
     """What axe-core calls serious or critical, by all of its rules."""
+    page.wait_for_function(_NOTHING_FADES)
     found = axe.Axe().run(page).response["violations"]
     return [
         f"{violation['id']}: {node['target']}: {node['failureSummary']}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import reload
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
@@ -197,7 +198,7 @@ def test_two_sides_are_compared(page: Any, server: Any) -> None:
     assert page.input_value("#compare-prompt textarea") == "a red robot on the beach"
 
 
-def test_a_hostile_report_is_text_and_a_new_one_is_made(page: Any) -> None:
+def test_a_hostile_report_is_text_and_a_new_one_is_made(page: Any, problems: list[str]) -> None:
     open_compare(page)
     page.wait_for_selector("#evaluation-report .scores")
     assert page.locator("#evaluation-report tbody th").first.inner_text() == f"{HOSTILE} (best)"
@@ -207,7 +208,7 @@ def test_a_hostile_report_is_text_and_a_new_one_is_made(page: Any) -> None:
         page.locator(f"#evaluation-{field} input").fill(value)
     page.click("#evaluation-start")
     page.wait_for_selector("#evaluation-status >> text=Evaluating robot")
-    page.reload()  # whoever comes later sees it, too
+    reload(page, problems)  # whoever comes later sees it, too
     open_compare(page)
     page.wait_for_selector("#evaluation-status >> text=Evaluating robot")
     page.wait_for_selector("#evaluation-status >> text=The evaluation of robot finished.", timeout=180_000)

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import reload
 
 from svft_diffusion.app.jobs.job_folder import RUNNING, JobFolder
 from svft_diffusion.training.history import sample_files
@@ -108,7 +109,7 @@ def test_from_photos_to_an_adapter(page: Any, new_page: Callable[..., Any], serv
         page.wait_for_selector("#training-samples img")
 
         # Who comes back, and who comes from elsewhere, sees it within two seconds from the page's being there.
-        page.reload()
+        reload(page, problems)
         page.wait_for_selector("#title")
         open_train(page)
         began = time.monotonic()
