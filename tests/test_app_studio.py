@@ -38,8 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> ModelsOnDisk:
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    folder = tmp_path_factory.mktemp("pictures")
-    return Studio(folder, device=torch.device("cpu"))
+    return Studio(tmp_path_factory.mktemp("pictures"), device=torch.device("cpu"))
 
 
 def chosen(models: ModelsOnDisk, **weights: AdapterWeight) -> Chosen:
@@ -316,6 +315,8 @@ def test_requests_that_cannot_work_say_why(models: ModelsOnDisk, studio: Studio,
         ({"num_inference_steps": 0}, "the number of steps must be"),
         ({"width": 20}, "width must be a multiple of 8"),
         ({"height": 8192}, "between 8 and 4096"),
+        ({"width": 72}, "at most 64 pixels a side here, 4 times its own 16; got 72 x 16"),
+        ({"scheduler": "lcm", "num_inference_steps": 51}, "LCM takes at most 50 steps, got 51"),
         ({"scheduler": "eulr"}, "unknown scheduler 'eulr'"),
         ({"scheduler": "flow_match"}, "can't draw with this base model"),
         ({"adapters": twice}, "dog and dog are the same adapter"),
