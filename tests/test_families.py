@@ -236,28 +236,6 @@ def test_kept_text_is_the_same_as_encoded_anew(name: str) -> None:
         torch.testing.assert_close(rows, anew[key])
 
 
-@pytest.mark.parametrize("trained", [(), ("text_encoder", "text_encoder_2")])
-def test_an_empty_prompt_is_what_guidance_of_sdxl_compares_with(trained: tuple[str, ...]) -> None:
-    pipeline = tiny_pipeline_sdxl()
-    pipeline.text_encoder.requires_grad_(True)
-    pipeline.text_encoder_2.requires_grad_(True)
-    found = PromptTable(family_of(pipeline), [PROMPT, ""], trained=trained).conditioning([PROMPT, "", PROMPT])
-    with torch.no_grad():
-        states, without, pooled, pooled_without = pipeline.encode_prompt(PROMPT)
-    for key, prompt, empty in (("text_states", states, without), ("pooled_text", pooled, pooled_without)):
-        torch.testing.assert_close(found[key].detach(), torch.cat((prompt, empty, prompt)))
-        assert not empty.any() and found[key].requires_grad == bool(trained)
-    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    found = PromptTable(family_of(pipeline), [""], trained=()).conditioning([""])
-    assert all(tensor.any() for tensor in found.values())
-
-
-def test_sdxl_trains_on_dropped_captions_alone(tmp_path: Path) -> None:
-    config = one_photo(tmp_path, tiny_pipeline_sdxl())
-    config = replace(config, caption_dropout=0.999, train_text_encoder=True, train_batch_size=1, max_train_steps=1)
-    assert train(config).steps == 1
-
-
 @pytest.mark.parametrize("name", PIPELINES)
 def test_denoiser_takes_the_precision_that_diffusers_tells(name: str) -> None:
     pipeline = PIPELINES[name]().to(torch.bfloat16)
